@@ -1,0 +1,59 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Everything is set up in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+# This release has a CPU build in the ordinary index of many installations; any torch from 2.10 on
+# works, such as TORCH="torch==2.10.0".
+TORCH ?= torch==2.13.0
+BIN = $(VENV)/bin
+SOURCES = setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+
+.PHONY: help setup demo test bench bench-ops gpu-check lint types clean
+
+help:
+	@echo "make demo       train and score on real digits, with a plot (about a minute)"
+	@echo "make test       set everything up and run all tests"
+	@echo "make bench      the quick benchmark; python bench/run.py --help for the full one"
+	@echo "make bench-ops  the ops under pytest-benchmark"
+	@echo "make gpu-check  GPU tests and benchmarks with the torch that is there; writes JSON"
+	@echo "make lint types clean"
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "fastalps needs Python 3.10 or later; set PYTHON=python3.12, say" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check "setuptools>=77" wheel ninja
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[test]"
+	@touch $@
+
+setup: $(VENV)/.ready
+
+demo: setup
+	$(BIN)/python -m fastalps.cli.demo --out runs/demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python bench/run.py --quick
+
+bench-ops: setup
+	$(BIN)/python -m pytest bench/test_ops_benchmark.py --benchmark-only
+
+# No network, no .venv: whatever python3 with torch there is.
+gpu-check:
+	$(PYTHON) bench/gpu_check.py
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cpu/*.inl csrc/cuda/*)
+
+types: setup
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache fastalps/lib

@@ -1,0 +1,221 @@
+"""Builds the compiled kernels: C++ always, CUDA where nvcc is found.
+
+Environment:
+    FASTALPS_CUDA         1: build the CUDA library, and fail if that fails; 0: never; unset: build it
+                          where nvcc is found, and go on without it if that fails.
+    TORCH_CUDA_ARCH_LIST  architectures, such as "8.0;9.0+PTX".
+    CXX, CUDA_HOME        the C++ compiler; the CUDA toolkit.
+
+A library that could not be built leaves a text file beside its place that says why, and a working
+package: `python -m fastalps` shows it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+BUILD = ROOT / "build" / "native"
+SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+# The oldest torch that the libraries load under.
+TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"
+INSTRUCTION_SETS = {
+    "kernels_default": [],
+    "kernels_avx2": ["-mavx2", "-mfma"],
+    "kernels_avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+        "-mprefer-vector-width=512",
+    ],
+}
+
+
+class BuildFailure(Exception):
+    """A library cannot be built; the text says why in one line."""
+
+
+def cxx() -> str:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and (found := shutil.which(name)):
+            return found
+    raise BuildFailure("no C++ compiler was found (install g++ or clang, or set CXX)")
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    candidates = [str(Path(home) / "bin" / "nvcc")] if home else []
+    for name in [*candidates, "nvcc", "/usr/local/cuda/bin/nvcc"]:
+        if found := shutil.which(name):
+            return found
+    return None
+
+
+def torch_folders() -> tuple[Path, Path]:
+    """(headers, libraries) of the installed torch."""
+    try:
+        import torch
+    except ImportError as error:
+        raise BuildFailure("torch is not installed in this environment (install it first)") from error
+    folder = Path(torch.__file__).parent
+    return folder / "include", folder / "lib"
+
+
+def architectures(compiler: str) -> list[str]:
+    """The -gencode flags for TORCH_CUDA_ARCH_LIST, or for every supported generation."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
+    release = re.search(r"release (\d+)\.(\d+)", version.stdout)
+    newest = release is not None and tuple(map(int, release.groups())) >= (12, 8)
+    default = "8.0;9.0;10.0+PTX" if newest else "8.0;9.0+PTX"
+    flags = []
+    for entry in re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or default):
+        match = re.fullmatch(r"(\d+)\.(\d)([a-f]?)(\+PTX)?", entry)
+        if match is None:
+            raise BuildFailure(
+                f"TORCH_CUDA_ARCH_LIST: expected entries like 8.0 or 9.0+PTX, got {entry!r}"
+            )
+        number = "".join(match.groups()[:3])
+        code = f"sm_{number}" if match[4] is None else f"[sm_{number},compute_{number}]"
+        flags.append(f"-gencode=arch=compute_{number},code={code}")
+    return flags
+
+
+class Plan:
+    """A library as a list of compilations and one link, run by ninja."""
+
+    def __init__(self, name: str) -> None:
+        self.library = BUILD / (name + SUFFIX)
+        self.objects: list[Path] = []
+        self.lines = ["rule command", "  command = $command", "  depfile = $out.d", "  deps = gcc"]
+        self.lines += ["rule link", "  command = $command"]
+
+    def _edge(self, rule: str, output: Path, inputs: list[Path], command: list[str]) -> None:
+        escaped = " ".join(str(path).replace(" ", "$ ").replace(":", "$:") for path in inputs)
+        target = str(output).replace(" ", "$ ").replace(":", "$:")
+        line = subprocess.list2cmdline(command).replace("$", "$$")
+        self.lines += [f"build {target}: {rule} {escaped}", f"  command = {line}"]
+
+    def compile(self, source: Path, command: list[str]) -> None:
+        output = BUILD / self.library.stem / (source.name + ".o")
+        depfile = ["-MD", "-MF", f"{output}.d"]
+        self._edge("command", output, [source], [*command, *depfile, "-c", str(source), "-o", str(output)])
+        self.objects.append(output)
+
+    def run(self, link: list[str]) -> Path:
+        self._edge(
+            "link", self.library, self.objects, [*link, *map(str, self.objects), "-o", str(self.library)]
+        )
+        (BUILD / self.library.stem).mkdir(parents=True, exist_ok=True)
+        script = BUILD / f"{self.library.stem}.ninja"
+        script.write_text("\n".join(self.lines) + "\n", encoding="utf-8")
+        ninja = shutil.which("ninja") or shutil.which(str(Path(sys.executable).parent / "ninja"))
+        if ninja is None:
+            raise BuildFailure("ninja was not found (pip install ninja)")
+        done = subprocess.run([ninja, "-f", str(script)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(done.stdout + done.stderr, file=sys.stderr)
+            wrong = re.search(r"^.*\berror\b.*$", done.stdout, re.MULTILINE)
+            raise BuildFailure(f"the build failed: {wrong[0].strip() if wrong else 'see above'}")
+        return self.library
+
+
+def shared_flags(libraries: Path) -> list[str]:
+    flags = [f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    if sys.platform == "darwin":
+        return ["-dynamiclib", "-undefined", "dynamic_lookup", *flags]
+    return ["-shared", "-Wl,--as-needed", *flags]
+
+
+def build_cpu() -> Path:
+    compiler, (headers, libraries) = cxx(), torch_folders()
+    common = [compiler, "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    common += ["-DFASTALPS_X86"] if X86 else []
+    plan = Plan("fastalps_cpu")
+    plan.compile(ROOT / "csrc/bindings.cpp", [*common, TARGET, f"-isystem{headers}", "-Icsrc"])
+    plan.compile(ROOT / "csrc/cpu/dispatch.cpp", common)
+    for name, flags in INSTRUCTION_SETS.items():
+        if X86 or not flags:
+            plan.compile(ROOT / f"csrc/cpu/{name}.cpp", [*common, *flags])
+    return plan.run([compiler, *shared_flags(libraries)])
+
+
+def build_cuda() -> Path:
+    compiler = nvcc()
+    if compiler is None:
+        raise BuildFailure("nvcc was not found (install the CUDA toolkit, or set CUDA_HOME)")
+    host, (headers, libraries) = cxx(), torch_folders()
+    toolkit = Path(compiler).resolve().parents[1]
+    device = [compiler, "-ccbin", host, "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    device += ["-lineinfo", "-Icsrc", *architectures(compiler)]
+    plan = Plan("fastalps_cuda")
+    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+        plan.compile(source, device)
+    include = [f"-isystem{headers}", f"-isystem{toolkit / 'include'}", "-Icsrc"]
+    flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DUSE_CUDA", TARGET]
+    plan.compile(ROOT / "csrc/bindings_cuda.cpp", [host, *flags, *include])
+    folders = [toolkit / name for name in ("lib64", "targets/x86_64-linux/lib", "lib/x64")]
+    runtime = [f"-L{folder}" for folder in folders if folder.is_dir()]
+    return plan.run([host, *shared_flags(libraries), *runtime, "-lcudart_static", "-ldl", "-lrt"])
+
+
+class BuildNative(build_ext):
+    """Builds each library into the package's `lib` folder."""
+
+    def run(self) -> None:
+        package = ROOT / "fastalps" if self.inplace else Path(self.build_lib) / "fastalps"
+        folder = package / "lib"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.place(folder, "fastalps_cpu", build_cpu, required=False)
+        wish = os.environ.get("FASTALPS_CUDA", "")
+        if wish == "0":
+            self.note(folder, "fastalps_cuda", "FASTALPS_CUDA=0 turned it off when it was installed")
+        else:
+            self.place(folder, "fastalps_cuda", build_cuda, required=wish == "1")
+
+    def note(self, folder: Path, name: str, reason: str) -> None:
+        (folder / (name + SUFFIX)).unlink(missing_ok=True)
+        (folder / f"{name}.why.txt").write_text(reason + "\n", encoding="utf-8")
+        print(f"fastalps: {name} is not available: {reason}", file=sys.stderr)
+
+    def place(self, folder: Path, name: str, build, required: bool) -> None:
+        try:
+            built = build()
+        except BuildFailure as failure:
+            if required:
+                sys.exit(f"fastalps: FASTALPS_CUDA=1, but {failure}")
+            self.note(folder, name, str(failure))
+            return
+        # Renamed into place: a process that has the old library mapped keeps it.
+        temporary = folder / f".{built.name}.new"
+        shutil.copyfile(built, temporary)
+        os.replace(temporary, folder / built.name)
+        (folder / f"{name}.why.txt").unlink(missing_ok=True)
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class AnyPythonWheel(bdist_wheel):
+    """The libraries use no Python API: one wheel a platform serves every Python 3."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[Extension("fastalps.lib", sources=[])],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
+)
