@@ -1,0 +1,188 @@
+// The CPU kernels: plain arguments in, a half-open range of independent tasks to work on. They know
+// nothing of torch or of threads; the bindings cut the ranges and run them in torch's thread pool.
+#pragma once
+
+#include <cstdint>
+
+namespace fastalps {
+
+enum class DType : int32_t { kUInt8, kFloat16, kBFloat16, kFloat32, kFloat64 };
+
+inline int64_t element_size(DType dtype) {
+  switch (dtype) {
+    case DType::kUInt8:
+      return 1;
+    case DType::kFloat32:
+      return 4;
+    case DType::kFloat64:
+      return 8;
+    default:
+      return 2;
+  }
+}
+
+// The patches along one axis. With `cover` the last one is moved back to the border.
+struct Axis {
+  int64_t size, patch, stride;
+  int64_t count;
+
+  Axis(int64_t size, int64_t patch, int64_t stride, bool cover)
+      : size(size),
+        patch(patch),
+        stride(stride),
+        count((size - patch + (cover ? stride - 1 : 0)) / stride + 1) {}
+
+  int64_t origin(int64_t index) const {
+    const int64_t regular = index * stride;
+    return regular < size - patch ? regular : size - patch;
+  }
+  // The patches that hold pixel `at` are first(at), ..., first(at) + holders(at) - 1.
+  int64_t first(int64_t at) const {
+    const int64_t reach = at - patch + 1;
+    return reach > 0 ? (reach + stride - 1) / stride : 0;
+  }
+  int64_t holders(int64_t at) const {
+    int64_t index = first(at);
+    const int64_t begin = index;
+    while (index < count && origin(index) <= at) ++index;
+    return index - begin;
+  }
+};
+
+struct Grid {
+  Axis rows, columns;
+  int64_t patches() const { return rows.count * columns.count; }
+};
+
+// Tasks: n * rows.count, one row of patches each.
+struct TileArguments {
+  const void* frames;
+  DType frames_type;
+  int64_t channels;
+  int64_t strides[4];  // of frames (N, C, H, W), in elements
+  Grid grid;
+  void* patches;  // (N, P, C, ph, pw)
+  DType patches_type;
+  double scale, shift;
+  bool stream;  // write past the caches: the result is larger than they are
+};
+
+// Tasks: n * channels * height, one row of pixels each.
+struct TileBackwardArguments {
+  const void* grad;  // (N, P, C, ph, pw)
+  DType grad_type;
+  int64_t channels;
+  Grid grid;
+  void* frames;  // (N, C, H, W)
+  DType frames_type;
+  double scale;
+};
+
+// Tasks: n * bands; a band is a run of pixel rows that the same patches cover.
+struct FoldArguments {
+  const void* scores;  // (N, P)
+  DType scores_type;
+  Grid grid;
+  const int64_t* bands;  // first pixel row of each band, and the height last
+  int64_t band_count;
+  float* heatmap;  // (N, H, W)
+  bool maximum;
+  bool stream;
+};
+
+// Tasks: n.
+struct FoldBackwardArguments {
+  const float* grad;   // (N, H, W)
+  const void* scores;  // (N, P)
+  DType type;
+  Grid grid;
+  void* result;  // (N, P) of `type`
+  bool maximum;
+};
+
+// Tasks: n.
+struct PerturbArguments {
+  const void* latent;
+  const void* perturbation;
+  DType type;
+  int64_t latent_stride, perturbation_stride;  // between samples
+  int64_t size;
+  double strength;
+  void* perturbed;
+  float* energy;
+  bool stream;
+};
+
+// Tasks: n.
+struct PerturbBackwardArguments {
+  const void* grad_output;
+  const float* grad_energy;
+  const void* perturbation;
+  DType type;
+  int64_t grad_stride, perturbation_stride;
+  int64_t size;
+  double strength;
+  void* result;
+  bool stream;
+};
+
+// Tasks: n * chunks. A chunk of a sample gives one partial sum for each pass.
+struct SquaredErrorArguments {
+  const void* values;  // (S * N, size)
+  const void* target;  // (N, size)
+  DType values_type, target_type;
+  int64_t values_stride, target_stride;  // between samples
+  int64_t n, size, passes;
+  int64_t chunk, chunks;
+  bool sigmoid;
+  double* partial;  // (S, N, chunks)
+};
+
+// Tasks: s * n * chunks.
+struct SquaredErrorBackwardArguments {
+  const float* grad;  // (S * N)
+  const void* values;
+  const void* target;
+  DType values_type, target_type;
+  int64_t values_stride, target_stride;
+  int64_t n, size;
+  int64_t chunk, chunks;
+  bool sigmoid;
+  void* result;  // (S * N, size) of values_type
+  bool stream;
+};
+
+// Tasks: n * rows.count, one row of patches each.
+struct ActivityArguments {
+  const uint8_t* frames;
+  int64_t strides[3];
+  const uint8_t* background;  // contiguous
+  Grid grid;
+  int64_t limit;  // a patch is active when its sum of absolute differences exceeds this
+  uint8_t* active;  // (N, P)
+};
+
+// Tasks: k, one kept patch each.
+struct GatherArguments {
+  TileArguments tile;      // patches is (K, 1, ph, pw)
+  const int64_t* index;    // (K, 2)
+};
+
+struct Kernels {
+  const char* name;
+  void (*tile_patches)(const TileArguments&, int64_t, int64_t);
+  void (*tile_patches_backward)(const TileBackwardArguments&, int64_t, int64_t);
+  void (*fold_scores)(const FoldArguments&, int64_t, int64_t);
+  void (*fold_scores_backward)(const FoldBackwardArguments&, int64_t, int64_t);
+  void (*perturb_latent)(const PerturbArguments&, int64_t, int64_t);
+  void (*perturb_latent_backward)(const PerturbBackwardArguments&, int64_t, int64_t);
+  void (*squared_error)(const SquaredErrorArguments&, int64_t, int64_t);
+  void (*squared_error_backward)(const SquaredErrorBackwardArguments&, int64_t, int64_t);
+  void (*activity)(const ActivityArguments&, int64_t, int64_t);
+  void (*gather)(const GatherArguments&, int64_t, int64_t);
+};
+
+// The fastest set that this processor runs; FASTALPS_CPU=default|avx2|avx512 asks for a lesser one.
+const Kernels& kernels();
+
+}  // namespace fastalps

@@ -1,0 +1,585 @@
+"""The ops: schemas, shape functions, autograd, and the documented functions that validate and call.
+
+Schemas are defined here in Python, so that every op exists without any compiled file; the compiled
+libraries only implement them. The default kernel of each op is the reference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalps import backends, reference
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+SCHEMAS = {
+    "tile_patches": "(Tensor frames, SymInt[2] patch_size, SymInt[2] stride, bool cover, "
+    "ScalarType dtype, float scale, float shift) -> Tensor",
+    "tile_patches_backward": "(Tensor grad, SymInt[2] frame_size, SymInt[2] patch_size, "
+    "SymInt[2] stride, bool cover, ScalarType dtype, float scale) -> Tensor",
+    "fold_scores": "(Tensor scores, SymInt[2] frame_size, SymInt[2] patch_size, "
+    "SymInt[2] stride, bool cover, bool maximum) -> Tensor",
+    "fold_scores_backward": "(Tensor grad, Tensor scores, SymInt[2] patch_size, "
+    "SymInt[2] stride, bool cover, bool maximum) -> Tensor",
+    "perturb_latent": "(Tensor latent, Tensor perturbation, float strength) -> (Tensor, Tensor)",
+    "perturb_latent_backward": "(Tensor grad_output, Tensor grad_energy, Tensor perturbation, "
+    "float strength) -> Tensor",
+    "per_sample_mse": "(Tensor reconstruction, Tensor target) -> Tensor",
+    "paired_mse": "(Tensor reconstructions, Tensor target) -> Tensor",
+    "sigmoid_mse": "(Tensor logits, Tensor target) -> Tensor",
+    "paired_sigmoid_mse": "(Tensor logits, Tensor target) -> Tensor",
+    "squared_error_backward": "(Tensor grad, Tensor reconstructions, Tensor target, "
+    "bool sigmoid) -> Tensor",
+    "active_patches": "(Tensor frames, Tensor background, SymInt[2] patch_size, "
+    "SymInt[2] stride, bool cover, ScalarType dtype, float scale, float shift, "
+    "float threshold) -> (Tensor, Tensor)",
+}
+
+_library = torch.library.Library("fastalps", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+
+
+# Shape functions -------------------------------------------------------------------------------
+
+
+def _patch_counts(
+    frame_size: Sequence[int], patch_size: Sequence[int], stride: Sequence[int], cover: bool
+) -> tuple[int, int]:
+    rows, columns = (
+        (size - patch + (step - 1 if cover else 0)) // step + 1
+        for size, patch, step in zip(frame_size, patch_size, stride, strict=True)
+    )
+    return rows, columns
+
+
+def _fake_tile_patches(frames, patch_size, stride, cover, dtype, scale, shift):
+    rows, columns = _patch_counts(frames.shape[2:], patch_size, stride, cover)
+    shape = (frames.shape[0], rows * columns, frames.shape[1], patch_size[0], patch_size[1])
+    return frames.new_empty(shape, dtype=dtype)
+
+
+def _fake_tile_patches_backward(grad, frame_size, patch_size, stride, cover, dtype, scale):
+    return grad.new_empty((grad.shape[0], grad.shape[2], *frame_size), dtype=dtype)
+
+
+def _fake_fold_scores(scores, frame_size, patch_size, stride, cover, maximum):
+    return scores.new_empty((scores.shape[0], *frame_size), dtype=torch.float32)
+
+
+def _fake_fold_scores_backward(grad, scores, patch_size, stride, cover, maximum):
+    return scores.new_empty(scores.shape)
+
+
+def _fake_perturb_latent(latent, perturbation, strength):
+    return latent.new_empty(latent.shape), latent.new_empty(latent.shape[:1], dtype=torch.float32)
+
+
+def _fake_perturb_latent_backward(grad_output, grad_energy, perturbation, strength):
+    return perturbation.new_empty(perturbation.shape)
+
+
+def _fake_per_sample(values, target):
+    return target.new_empty(target.shape[:1], dtype=torch.float32)
+
+
+def _fake_paired(values, target):
+    return target.new_empty((2, target.shape[0]), dtype=torch.float32)
+
+
+def _fake_squared_error_backward(grad, reconstructions, target, sigmoid):
+    return reconstructions.new_empty(reconstructions.shape)
+
+
+def _fake_active_patches(
+    frames, background, patch_size, stride, cover, dtype, scale, shift, threshold
+):
+    kept = torch.library.get_ctx().new_dynamic_size()
+    patches = frames.new_empty((kept, 1, patch_size[0], patch_size[1]), dtype=dtype)
+    return patches, frames.new_empty((kept, 2), dtype=torch.int64)
+
+
+FAKES: dict[str, Any] = {
+    "tile_patches": _fake_tile_patches,
+    "tile_patches_backward": _fake_tile_patches_backward,
+    "fold_scores": _fake_fold_scores,
+    "fold_scores_backward": _fake_fold_scores_backward,
+    "perturb_latent": _fake_perturb_latent,
+    "perturb_latent_backward": _fake_perturb_latent_backward,
+    "per_sample_mse": _fake_per_sample,
+    "paired_mse": _fake_paired,
+    "sigmoid_mse": _fake_per_sample,
+    "paired_sigmoid_mse": _fake_paired,
+    "squared_error_backward": _fake_squared_error_backward,
+    "active_patches": _fake_active_patches,
+}
+
+
+# Gradients -------------------------------------------------------------------------------------
+# `suffix` is "" for the op itself and "_triton" for its Triton twin: a backward pass runs in the
+# same implementation as its forward pass.
+
+
+def _raw(name: str, suffix: str) -> Any:
+    return getattr(torch.ops.fastalps, name + suffix).default
+
+
+def _tile_patches_gradient(suffix: str):
+    def setup(ctx, inputs, output):
+        frames, ctx.patch_size, ctx.stride, ctx.cover, _, ctx.scale, _ = inputs
+        ctx.frame_size, ctx.dtype = frames.shape[2:], frames.dtype
+
+    def backward(ctx, grad):
+        frames = _raw("tile_patches_backward", suffix)(
+            grad, ctx.frame_size, ctx.patch_size, ctx.stride, ctx.cover, ctx.dtype, ctx.scale
+        )
+        return frames, None, None, None, None, None, None
+
+    return setup, backward
+
+
+def _fold_scores_gradient(suffix: str):
+    def setup(ctx, inputs, output):
+        scores, _, ctx.patch_size, ctx.stride, ctx.cover, ctx.maximum = inputs
+        ctx.save_for_backward(scores)
+
+    def backward(ctx, grad):
+        (scores,) = ctx.saved_tensors
+        result = _raw("fold_scores_backward", suffix)(
+            grad, scores, ctx.patch_size, ctx.stride, ctx.cover, ctx.maximum
+        )
+        return result, None, None, None, None, None
+
+    return setup, backward
+
+
+def _perturb_latent_gradient(suffix: str):
+    def setup(ctx, inputs, output):
+        _, perturbation, ctx.strength = inputs
+        ctx.save_for_backward(perturbation)
+
+    def backward(ctx, grad_output, grad_energy):
+        (perturbation,) = ctx.saved_tensors
+        result = None
+        if ctx.needs_input_grad[1]:
+            result = _raw("perturb_latent_backward", suffix)(
+                grad_output, grad_energy, perturbation, ctx.strength
+            )
+        return grad_output, result, None
+
+    return setup, backward
+
+
+def _squared_error_gradient(suffix: str, sigmoid: bool):
+    def setup(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    def backward(ctx, grad):
+        values, target = ctx.saved_tensors
+        flat = grad.reshape(-1)
+        grad_values = grad_target = None
+        if ctx.needs_input_grad[0]:
+            grad_values = _raw("squared_error_backward", suffix)(flat, values, target, sigmoid)
+        if ctx.needs_input_grad[1]:
+            # Rare (a target that is learnt): with the roles of a linear error swapped, the same
+            # kernel gives it, at the price of one temporary for each pass.
+            outputs = (
+                values.to(reference.compute_dtype(values.dtype)).sigmoid() if sigmoid else values
+            )
+            parts = [
+                _raw("squared_error_backward", suffix)(part, target, output, False)
+                for part, output in zip(
+                    flat.split(target.shape[0]), outputs.split(target.shape[0]), strict=True
+                )
+            ]
+            grad_target = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        return grad_values, grad_target
+
+    return setup, backward
+
+
+def gradient(name: str, suffix: str = ""):
+    """(setup_context, backward) of the op `name` for its implementation `suffix`, or None."""
+    if name == "tile_patches":
+        return _tile_patches_gradient(suffix)
+    if name == "fold_scores":
+        return _fold_scores_gradient(suffix)
+    if name == "perturb_latent":
+        return _perturb_latent_gradient(suffix)
+    if name in ("per_sample_mse", "paired_mse"):
+        return _squared_error_gradient(suffix, False)
+    if name in ("sigmoid_mse", "paired_sigmoid_mse"):
+        return _squared_error_gradient(suffix, True)
+    return None
+
+
+for _name in SCHEMAS:
+    torch.library.register_fake(f"fastalps::{_name}", FAKES[_name], lib=_library)
+    if (_pair := gradient(_name)) is not None:
+        torch.library.register_autograd(
+            f"fastalps::{_name}", _pair[1], setup_context=_pair[0], lib=_library
+        )
+
+backends.initialise()
+
+
+# Validation ------------------------------------------------------------------------------------
+
+
+def _pair_of(name: str, value: int | Sequence[int], smallest: int) -> tuple[int, int]:
+    """`value` as (rows, columns), each at least `smallest`."""
+    if isinstance(value, int | torch.SymInt):
+        pair: Any = (value, value)
+    else:
+        pair = tuple(value) if isinstance(value, Sequence) else ()
+    if len(pair) != 2 or not all(isinstance(part, int | torch.SymInt) for part in pair):
+        raise TypeError(f"{name}: expected an int or a pair of ints, got {value!r}")
+    if isinstance(value, bool) or any(part < smallest for part in pair):
+        raise ValueError(f"{name}: expected at least {smallest}, got {value!r}")
+    return pair
+
+
+def _grid(
+    frame_size: Sequence[int],
+    patch_size: int | Sequence[int],
+    stride: int | Sequence[int] | None,
+    edge: str,
+) -> tuple[tuple[int, int], tuple[int, int], bool]:
+    """Validated (patch_size, stride, cover) for frames of `frame_size`."""
+    patch = _pair_of("patch_size", patch_size, 1)
+    step = patch if stride is None else _pair_of("stride", stride, 1)
+    if edge not in ("cover", "drop", "error"):
+        raise ValueError(f"edge: expected 'cover', 'drop' or 'error', got {edge!r}")
+    if any(part > size for part, size in zip(patch, frame_size, strict=True)):
+        raise ValueError(
+            f"patch_size: {patch[0]}x{patch[1]} is larger than the frame "
+            f"({frame_size[0]}x{frame_size[1]}); use a smaller patch"
+        )
+    if edge == "error" and any(
+        (size - part) % move for size, part, move in zip(frame_size, patch, step, strict=True)
+    ):
+        raise ValueError(
+            f"edge: patches of {patch[0]}x{patch[1]} with stride {step[0]}x{step[1]} do not "
+            f"divide a frame of {frame_size[0]}x{frame_size[1]}; use edge='cover' or 'drop'"
+        )
+    return patch, step, edge == "cover"
+
+
+def _require_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def _require_floating(name: str, tensor: Tensor) -> None:
+    _require_tensor(name, tensor)
+    if tensor.dtype not in FLOATING:
+        raise TypeError(
+            f"{name}: expected float32, float16, bfloat16 or float64, got {tensor.dtype}"
+        )
+
+
+def _require_output_dtype(dtype: torch.dtype) -> None:
+    if dtype not in FLOATING:
+        raise TypeError(f"dtype: expected float32, float16, bfloat16 or float64, got {dtype}")
+
+
+def _require_same_device(first: str, a: Tensor, second: str, b: Tensor) -> None:
+    if a.device != b.device:
+        raise ValueError(f"{second}: expected on {a.device} like {first}, got {b.device}")
+
+
+def _call(name: str, device: torch.device, *arguments: Any) -> Any:
+    return backends.implementation(name, device.type)(*arguments)
+
+
+# The public functions --------------------------------------------------------------------------
+
+
+def patch_grid(
+    frame_size: int | Sequence[int],
+    patch_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    edge: str = "cover",
+) -> tuple[list[int], list[int]]:
+    """The origins of the patches that `tile_patches` cuts from a frame.
+
+    Args:
+        frame_size: (height, width) in pixels, or one int for both.
+        patch_size: (height, width) in pixels, or one int for both.
+        stride: (rows, columns) from one patch to the next; the patch size where None.
+        edge: what happens where patches do not divide the frame. "cover": the last row or column
+            of patches is moved back to the border, so that no pixel goes unscored (with a stride
+            at most the patch size); "drop": partial patches are left out; "error": ValueError.
+
+    Returns:
+        (row_origins, column_origins): patch ``p = r * len(column_origins) + c`` has its top left
+        pixel at ``(row_origins[r], column_origins[c])``.
+
+    Raises:
+        ValueError: a size below 1, a patch larger than the frame, an unknown edge.
+        TypeError: a size that is not an int or a pair of ints.
+    """
+    size = _pair_of("frame_size", frame_size, 1)
+    patch, step, cover = _grid(size, patch_size, stride, edge)
+    return (
+        reference.origins(size[0], patch[0], step[0], cover),
+        reference.origins(size[1], patch[1], step[1], cover),
+    )
+
+
+def tile_patches(
+    frames: Tensor,
+    patch_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    *,
+    edge: str = "cover",
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1 / 255,
+    shift: float = 0.0,
+) -> Tensor:
+    """Cuts frames into patches and converts them in one pass: ``frames * scale + shift``.
+
+    Args:
+        frames: (N, H, W) or (N, C, H, W), uint8 or floating, any strides.
+        patch_size, stride, edge: see `patch_grid`.
+        dtype: the floating dtype of the result.
+        scale: factor on the pixels; 1/255 takes uint8 to [0, 1].
+        shift: added after scaling.
+
+    Returns:
+        (N, P, C, ph, pw), contiguous, on a row-major grid. Differentiable in floating frames.
+
+    Raises:
+        ValueError: wrong number of dimensions, bad sizes. TypeError: wrong dtypes.
+
+    Source: the patch-based protocol of ALPS (30x30 patches of UCSD frames), section IV.
+    """
+    _require_tensor("frames", frames)
+    if frames.dim() not in (3, 4):
+        raise ValueError(
+            f"frames: expected (N, H, W) or (N, C, H, W), got shape {tuple(frames.shape)}"
+        )
+    if frames.dtype != torch.uint8 and frames.dtype not in FLOATING:
+        raise TypeError(f"frames: expected uint8 or a floating dtype, got {frames.dtype}")
+    _require_output_dtype(dtype)
+    patch, step, cover = _grid(frames.shape[-2:], patch_size, stride, edge)
+    if frames.dim() == 3:
+        frames = frames.unsqueeze(1)
+    arguments = (frames, patch, step, cover, dtype, float(scale), float(shift))
+    return _call("tile_patches", frames.device, *arguments)
+
+
+def fold_scores(
+    scores: Tensor,
+    frame_size: int | Sequence[int],
+    patch_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    *,
+    edge: str = "cover",
+    reduce: str = "mean",
+) -> Tensor:
+    """Paints the patches' scores back onto their frames: a heatmap.
+
+    Args:
+        scores: (N, P) floating, P in the order of `patch_grid`.
+        frame_size: (height, width) of the frames in pixels.
+        patch_size, stride, edge: as the patches were cut.
+        reduce: "mean" or "max" of the patches that cover a pixel.
+
+    Returns:
+        (N, H, W) float32; 0 where no patch covers a pixel. Differentiable; of patches that tie for
+        a maximum the first has the gradient.
+
+    Raises:
+        ValueError: P is not the grid's number of patches; bad sizes. TypeError: wrong dtypes.
+    """
+    _require_floating("scores", scores)
+    if scores.dim() != 2:
+        raise ValueError(f"scores: expected (N, P), got shape {tuple(scores.shape)}")
+    if reduce not in ("mean", "max"):
+        raise ValueError(f"reduce: expected 'mean' or 'max', got {reduce!r}")
+    size = _pair_of("frame_size", frame_size, 1)
+    patch, step, cover = _grid(size, patch_size, stride, edge)
+    rows, columns = _patch_counts(size, patch, step, cover)
+    if scores.shape[1] != rows * columns:
+        raise ValueError(
+            f"scores: expected {rows * columns} patches ({rows}x{columns}) for a frame of "
+            f"{size[0]}x{size[1]}, got {scores.shape[1]}"
+        )
+    return _call("fold_scores", scores.device, scores, size, patch, step, cover, reduce == "max")
+
+
+def perturb_latent(
+    latent: Tensor, perturbation: Tensor, strength: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Adds a perturbation to a latent vector and measures it in the same pass.
+
+    ``output = latent + strength * perturbation``,
+    ``energy[n] = mean_d (strength * perturbation[n, d])**2``.
+
+    Args:
+        latent: (N, D) floating, any strides.
+        perturbation: (N, D), same dtype and device.
+        strength: factor on the perturbation.
+
+    Returns:
+        (output, energy): (N, D) of the latent's dtype, and (N,) float32. Differentiable in both
+        tensors.
+
+    Raises:
+        ValueError: shapes or devices differ. TypeError: wrong or different dtypes.
+
+    Source: ALPS, section III-C.
+    """
+    _require_floating("latent", latent)
+    _require_floating("perturbation", perturbation)
+    if latent.dim() != 2:
+        raise ValueError(f"latent: expected (N, D), got shape {tuple(latent.shape)}")
+    if perturbation.shape != latent.shape:
+        raise ValueError(
+            f"perturbation: expected the latent's shape {tuple(latent.shape)}, "
+            f"got {tuple(perturbation.shape)}"
+        )
+    if perturbation.dtype != latent.dtype:
+        raise TypeError(
+            f"perturbation: expected the latent's dtype {latent.dtype}, got {perturbation.dtype}"
+        )
+    _require_same_device("latent", latent, "perturbation", perturbation)
+    return _call("perturb_latent", latent.device, latent, perturbation, float(strength))
+
+
+def _squared_error(op: str, name: str, values: Tensor, target: Tensor, passes: int) -> Tensor:
+    """Validates and calls one of the four squared-error ops; `name` is the first argument's."""
+    target_name = "target"
+    _require_floating(name, values)
+    _require_floating(target_name, target)
+    if target.dim() < 1:
+        raise ValueError(f"{target_name}: expected (N, ...), got a scalar")
+    expected = (passes * target.shape[0], *target.shape[1:])
+    if tuple(values.shape) != expected:
+        raise ValueError(
+            f"{name}: expected shape {expected} for a target of {tuple(target.shape)}, "
+            f"got {tuple(values.shape)}"
+        )
+    if (values.dtype == torch.float64) != (target.dtype == torch.float64):
+        raise TypeError(
+            f"{target_name}: float64 goes with float64 only, got {name} {values.dtype} and "
+            f"{target_name} {target.dtype}"
+        )
+    _require_same_device(name, values, target_name, target)
+    return _call(op, values.device, values, target)
+
+
+def per_sample_mse(reconstruction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each sample: ``mean over all but N of (reconstruction - target)**2``.
+
+    Args:
+        reconstruction: (N, ...) floating, any strides.
+        target: the same shape and device; dtypes may differ (float64 goes with float64 only).
+
+    Returns:
+        (N,) float32. Differentiable in both.
+
+    Raises:
+        ValueError: shapes or devices differ. TypeError: wrong dtypes.
+
+    Source: ALPS, section III-D.
+    """
+    return _squared_error("per_sample_mse", "reconstruction", reconstruction, target, 1)
+
+
+def paired_mse(reconstructions: Tensor, target: Tensor) -> Tensor:
+    """`per_sample_mse` of two reconstructions of one target, which is read once.
+
+    Args:
+        reconstructions: (2N, ...): the N normal ones, then the N perturbed ones.
+        target: (N, ...).
+
+    Returns:
+        (2, N) float32: normal, then perturbed. Dtypes, gradients and errors as `per_sample_mse`.
+    """
+    return _squared_error("paired_mse", "reconstructions", reconstructions, target, 2)
+
+
+def sigmoid_mse(logits: Tensor, target: Tensor) -> Tensor:
+    """`per_sample_mse` of ``sigmoid(logits)``, which is never stored.
+
+    Args:
+        logits: (N, ...): the decoder's output before its sigmoid.
+        target: (N, ...) in [0, 1].
+
+    Returns:
+        (N,) float32. Dtypes, gradients and errors as `per_sample_mse`.
+    """
+    return _squared_error("sigmoid_mse", "logits", logits, target, 1)
+
+
+def paired_sigmoid_mse(logits: Tensor, target: Tensor) -> Tensor:
+    """`paired_mse` of ``sigmoid(logits)``, which is never stored: both of ALPS's errors at once.
+
+    Args:
+        logits: (2N, ...): normal, then perturbed.
+        target: (N, ...) in [0, 1].
+
+    Returns:
+        (2, N) float32. Dtypes, gradients and errors as `per_sample_mse`.
+    """
+    return _squared_error("paired_sigmoid_mse", "logits", logits, target, 2)
+
+
+def active_patches(
+    frames: Tensor,
+    background: Tensor,
+    patch_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    *,
+    threshold: float,
+    edge: str = "cover",
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1 / 255,
+    shift: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The patches of static-camera frames in which something differs from the background.
+
+    A patch is kept when the mean of ``|frame - background|`` over its pixels exceeds `threshold`.
+
+    Args:
+        frames: uint8 (N, H, W), any strides.
+        background: uint8 (H, W).
+        patch_size, stride, edge: see `patch_grid`.
+        threshold: gray levels, at least 0.
+        dtype, scale, shift: of the patches, see `tile_patches`.
+
+    Returns:
+        (patches, index): the K kept patches in order (frame, then patch), (K, 1, ph, pw), and
+        their (frame, patch) pairs, (K, 2) int64. K depends on the pixels, so a CUDA graph cannot
+        capture this op. No gradient: pixels are uint8.
+
+    Raises:
+        ValueError: shapes, devices, sizes or threshold. TypeError: wrong dtypes.
+    """
+    for name, tensor in (("frames", frames), ("background", background)):
+        _require_tensor(name, tensor)
+        if tensor.dtype != torch.uint8:
+            raise TypeError(f"{name}: expected uint8, got {tensor.dtype}")
+    if frames.dim() != 3:
+        raise ValueError(f"frames: expected (N, H, W), got shape {tuple(frames.shape)}")
+    if background.shape != frames.shape[1:]:
+        raise ValueError(
+            f"background: expected the frames' size {tuple(frames.shape[1:])}, "
+            f"got {tuple(background.shape)}"
+        )
+    _require_output_dtype(dtype)
+    if not (math.isfinite(threshold) and threshold >= 0):
+        raise ValueError(f"threshold: expected gray levels of at least 0, got {threshold}")
+    _require_same_device("frames", frames, "background", background)
+    patch, step, cover = _grid(frames.shape[1:], patch_size, stride, edge)
+    arguments = (frames, background, patch, step, cover, dtype)
+    rest = (float(scale), float(shift), float(threshold))
+    return _call("active_patches", frames.device, *arguments, *rest)

@@ -1,0 +1,29 @@
+"""Fixtures that every test file shares."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+DATA = Path(os.environ.get("FASTALPS_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture
+def rng(record_property: pytest.RecordProperty) -> torch.Generator:
+    """A generator with a fresh seed a run; FASTALPS_TEST_SEED repeats one."""
+    seed = int(os.environ.get("FASTALPS_TEST_SEED", random.SystemRandom().randrange(2**31)))
+    record_property("seed", seed)
+    print(f"FASTALPS_TEST_SEED={seed}")
+    return torch.Generator().manual_seed(seed)
+
+
+def data_folder(name: str) -> Path:
+    """The folder of a real data set; skips the test where it is absent."""
+    folder = DATA / name
+    if not folder.exists():
+        pytest.skip(f"real data {name} not found (set FASTALPS_DATA to the folder that holds it)")
+    return folder

@@ -1,0 +1,402 @@
+"""Every implementation of every op against the reference in float64: the one place where they meet."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastalps
+from fastalps import backends, ops, reference
+from fastalps.testing import TOLERANCE, poisoned, sample_inputs
+
+FORWARD = [name for name in ops.SCHEMAS if not name.endswith("_backward")]
+DIFFERENTIABLE = [name for name in FORWARD if name != "active_patches"]
+LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
+IMPLEMENTATIONS = ["reference", "native"]
+
+
+def _raw(op: str, implementation: str):
+    if implementation == "reference":
+        return getattr(reference, op)
+    state = backends.load_native("cpu")
+    if not state.available:
+        pytest.skip(state.reason)
+    return getattr(torch.ops.fastalps, op).default
+
+
+def _exact(argument):
+    if isinstance(argument, Tensor) and argument.is_floating_point():
+        return argument.double()
+    return torch.float64 if isinstance(argument, torch.dtype) else argument
+
+
+def _outputs(result) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def _close(actual: Tensor, exact: Tensor, dtype: torch.dtype, factor: float = 1.0) -> None:
+    tolerance = {name: value * factor for name, value in TOLERANCE[dtype].items()}
+    torch.testing.assert_close(actual.double(), exact.double(), **tolerance, equal_nan=True)
+
+
+def _precision(dtype: torch.dtype, arguments: tuple) -> torch.dtype:
+    """The dtype that bounds the error: float64 results of other inputs are computed in float32."""
+    if dtype == torch.float64 and arguments[0].dtype != torch.float64:
+        return torch.float32
+    return dtype
+
+
+def test_every_op_has_a_reference() -> None:
+    assert set(backends.OPS) == set(ops.SCHEMAS)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("op", FORWARD)
+def test_values(op: str, implementation: str, rng: torch.Generator) -> None:
+    run = _raw(op, implementation)
+    cases = 0
+    for arguments in sample_inputs(op, rng):
+        with poisoned():
+            actual = _outputs(run(*arguments))
+        expected = _outputs(getattr(reference, op)(*map(_exact, arguments)))
+        # The energy and the errors are float32 whatever goes in.
+        fakes = _outputs(getattr(reference, op)(*arguments))
+        for one, exact, like in zip(actual, expected, fakes, strict=True):
+            assert one.dtype == like.dtype and one.shape == like.shape and one.is_contiguous()
+            _close(one, exact, _precision(one.dtype, arguments))
+        cases += 1
+    assert cases > 10
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_gradients(op: str, rng: torch.Generator) -> None:
+    run = _raw(op, "native")
+    for arguments in sample_inputs(op, rng):
+        if arguments[0].dtype == torch.uint8 or (op == "fold_scores" and arguments[-1]):
+            continue  # pixels have no gradient; of tied maxima see below
+        given = [
+            a.clone(memory_format=torch.preserve_format).requires_grad_()
+            if isinstance(a, Tensor)
+            else a
+            for a in arguments
+        ]
+        exact = [
+            _exact(a.detach()).requires_grad_() if isinstance(a, Tensor) else _exact(a)
+            for a in given
+        ]
+        actual = _outputs(run(*given))
+        expected = _outputs(getattr(reference, op)(*exact))
+        weights = [torch.randn(one.shape, generator=rng) for one in actual]
+        with poisoned():
+            sum(
+                (one * w.to(one.dtype)).sum() for one, w in zip(actual, weights, strict=True)
+            ).backward()
+        # The weights as the half-precision outputs saw them.
+        sum(
+            (one * w.to(like.dtype).double()).sum()
+            for one, like, w in zip(expected, actual, weights, strict=True)
+        ).backward()
+        for mine, true in zip(given, exact, strict=True):
+            if isinstance(mine, Tensor):
+                assert mine.grad is not None and mine.grad.dtype == mine.dtype
+                # float64 gradients pass through the float32 result of the op.
+                dtype = torch.float32 if mine.dtype == torch.float64 else mine.dtype
+                _close(mine.grad, true.grad, dtype, factor=8.0)
+
+
+def test_first_of_tied_maxima_has_the_gradient(rng: torch.Generator) -> None:
+    run = _raw("fold_scores_backward", "native")
+    for scores, size, *rest, maximum in sample_inputs("fold_scores", rng):
+        scores = (scores * 2).round()  # many ties
+        grad = torch.randn(scores.shape[0], *size, generator=rng)
+        with poisoned():
+            actual = run(grad, scores, *rest, maximum)
+        exact = reference.fold_scores_backward(grad.double(), scores.double(), *rest, maximum)
+        _close(actual, exact, torch.float32 if scores.dtype == torch.float64 else scores.dtype, 8.0)
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_reference_gradcheck(op: str, rng: torch.Generator) -> None:
+    checked = 0
+    for arguments in sample_inputs(op, rng):
+        tensors = [a for a in arguments if isinstance(a, Tensor)]
+        if not all(t.dtype == torch.float64 and 0 < t.numel() < 900 for t in tensors):
+            continue
+        if arguments[-1] is True or any(d in arguments for d in LOW_PRECISION):
+            continue  # a maximum has kinks; low-precision results hide the differences
+        inputs = [a.clone().requires_grad_() if isinstance(a, Tensor) else a for a in arguments]
+        # Results are float32 by contract, hence the wide step and tolerance.
+        assert torch.autograd.gradcheck(
+            getattr(reference, op), inputs, eps=1e-2, atol=2e-3, rtol=1e-2, check_batched_grad=False
+        )
+        checked += 1
+        if checked == 3:
+            break
+    assert checked
+
+
+@pytest.mark.parametrize("op", FORWARD)
+def test_opcheck(op: str, rng: torch.Generator) -> None:
+    backends.load_native("cpu")
+    overload = getattr(torch.ops.fastalps, op).default
+    picked: dict[tuple, tuple] = {}
+    for arguments in sample_inputs(op, rng):
+        key = tuple(a.dtype for a in arguments if isinstance(a, Tensor))
+        if arguments[0].numel() < 40000:
+            picked.setdefault(
+                (*key, arguments[0].numel() == 0, arguments[0].is_contiguous()), arguments
+            )
+    for arguments in list(picked.values())[:8]:
+        torch.library.opcheck(overload, arguments)
+        if op in DIFFERENTIABLE and arguments[0].is_floating_point():
+            inputs = tuple(
+                a.detach().clone().requires_grad_() if isinstance(a, Tensor) else a
+                for a in arguments
+            )
+            torch.library.opcheck(overload, inputs)
+
+
+def _public_calls(rng: torch.Generator):
+    frames = torch.randint(0, 256, (3, 20, 33), dtype=torch.uint8, generator=rng)
+    a, b = torch.randn(2, 6, 40, generator=rng).unbind()
+    half = b[:3]
+    return {
+        "tile_patches": lambda: ops.tile_patches(frames, 7, 5),
+        "fold_scores": lambda: ops.fold_scores(a[:, :12], (20, 33), (7, 9), reduce="max"),
+        "perturb_latent": lambda: ops.perturb_latent(a, b, 0.5),
+        "per_sample_mse": lambda: ops.per_sample_mse(a, b),
+        "paired_mse": lambda: ops.paired_mse(a, half),
+        "sigmoid_mse": lambda: ops.sigmoid_mse(a, b),
+        "paired_sigmoid_mse": lambda: ops.paired_sigmoid_mse(a, half),
+        "active_patches": lambda: ops.active_patches(frames, frames[0], 7, threshold=60.0),
+    }
+
+
+def test_public_functions_compile_and_agree(rng: torch.Generator) -> None:
+    for name, call in _public_calls(rng).items():
+        eager = _outputs(call())
+        compiled = _outputs(torch.compile(call, fullgraph=True)())
+        with fastalps.use_backend("reference"):
+            expected = _outputs(call())
+        for one, two, three in zip(eager, compiled, expected, strict=True):
+            torch.testing.assert_close(one, two, msg=name)
+            torch.testing.assert_close(one, three, rtol=2e-6, atol=2e-6, msg=name)
+
+
+def test_compiled_gradient_matches(rng: torch.Generator) -> None:
+    logits = torch.randn(8, 1, 28, 28, generator=rng)
+    target = torch.rand(4, 1, 28, 28, generator=rng)
+
+    def loss(values: Tensor) -> Tensor:
+        return (ops.paired_sigmoid_mse(values, target) * torch.tensor([[1.0], [0.5]])).sum()
+
+    gradients = []
+    for run in (loss, torch.compile(loss, fullgraph=True)):
+        values = logits.clone().requires_grad_()
+        run(values).backward()
+        gradients.append(values.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_export_with_dynamic_sizes(rng: torch.Generator) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, frames: Tensor) -> Tensor:
+            patches = ops.tile_patches(frames, 6, 4)
+            return ops.per_sample_mse(
+                patches.flatten(0, 1), torch.zeros_like(patches).flatten(0, 1)
+            )
+
+    sizes = {0: torch.export.Dim("n"), 1: torch.export.Dim("height", min=6, max=400)}
+    frames = torch.randint(0, 256, (2, 20, 30), dtype=torch.uint8, generator=rng)
+    program = torch.export.export(Model(), (frames,), dynamic_shapes=(sizes,))
+    other = torch.randint(0, 256, (5, 31, 30), dtype=torch.uint8, generator=rng)
+    torch.testing.assert_close(program.module()(other), Model()(other))
+    assert any("fastalps.tile_patches" in str(node.target) for node in program.graph.nodes)
+
+
+def test_grid_covers_every_pixel_or_drops_or_raises() -> None:
+    assert ops.patch_grid((240, 360), 30) == (list(range(0, 240, 30)), list(range(0, 360, 30)))
+    rows, columns = ops.patch_grid((158, 238), 30)
+    assert rows == [0, 30, 60, 90, 120, 128] and columns[-1] == 208
+    assert ops.patch_grid((158, 238), 30, edge="drop") == (rows[:-1], columns[:-1])
+    with pytest.raises(ValueError, match="do not divide a frame of 158x238"):
+        ops.patch_grid((158, 238), 30, edge="error")
+
+
+def test_patches_are_the_frames_pixels(rng: torch.Generator) -> None:
+    frames = torch.randint(0, 256, (2, 3, 19, 26), dtype=torch.uint8, generator=rng)
+    rows, columns = ops.patch_grid((19, 26), (5, 8), (4, 7))
+    patches = ops.tile_patches(frames, (5, 8), (4, 7), scale=1.0)
+    for r, y in enumerate(rows):
+        for c, x in enumerate(columns):
+            cut = frames[:, :, y : y + 5, x : x + 8].float()
+            assert torch.equal(patches[:, r * len(columns) + c], cut)
+
+
+def test_nan_and_infinity_propagate() -> None:
+    values = torch.zeros(3, 50)
+    values[1, 7] = math.nan
+    values[2, 49] = math.inf
+    for op in (ops.per_sample_mse, ops.sigmoid_mse):
+        errors = op(values, torch.zeros(3, 50))
+        assert errors[0].isfinite() and errors[1].isnan()
+    assert ops.per_sample_mse(values, torch.zeros(3, 50))[2].isinf()
+    for reduce in ("mean", "max"):
+        heat = ops.fold_scores(values[:, :4], (4, 4), 2, reduce=reduce)
+        assert torch.equal(
+            heat.isnan(), ops.fold_scores(values[:, :4].isnan() * 1.0, (4, 4), 2) > 0
+        )
+    assert ops.perturb_latent(values, values)[1][1].isnan()
+
+
+def test_sigmoid_extremes() -> None:
+    logits = torch.tensor(
+        [[-1e30, -200.0, -88.0, -1e-8, 0.0, 30.0, 88.0, 1e30, math.inf, -math.inf]]
+    )
+    for value in logits.T:
+        error = ops.sigmoid_mse(value[None], torch.zeros(1, 1))
+        torch.testing.assert_close(error, value.sigmoid().square(), rtol=1e-6, atol=1e-37)
+
+
+def test_half_conversions_are_exact() -> None:
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        values = bits.view(dtype)
+        latent = values[None]
+        result, _ = ops.perturb_latent(latent, torch.zeros_like(latent), 1.0)
+        expected = (latent.float() + 0.0).to(dtype)
+        torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_results_do_not_depend_on_threads(rng: torch.Generator) -> None:
+    values = torch.randn(2, 300001, generator=rng)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(ops.sigmoid_mse(values, values.flip(0)))
+    torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
+def _available_gigabytes() -> float:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            fields = dict(line.split(":") for line in lines)
+        return int(fields["MemAvailable"].split()[0]) / 2**20
+    except OSError:
+        return 0.0
+
+
+def test_more_than_2_31_elements() -> None:
+    if _available_gigabytes() < 10:
+        pytest.skip("needs 10 GB of free memory")
+    side = 46400
+    frames = torch.zeros(1, side, side, dtype=torch.uint8)
+    frames[0, -1, -1] = 200
+    patches = ops.tile_patches(frames, side, dtype=torch.float16, scale=1.0).view(1, -1)
+    assert patches.shape[1] > 2**31 and patches[0, -2:].tolist() == [0, 200]
+    del frames
+    error = ops.per_sample_mse(patches, patches.view(1, -1))
+    assert error.item() == 0
+    patches[0, 0] = 100
+    _, energy = ops.perturb_latent(patches, patches, 1.0)
+    torch.testing.assert_close(energy.double(), torch.tensor([5e4 / side**2]).double())
+
+
+BAD = [
+    (lambda: ops.tile_patches(torch.zeros(4, 4), 2), ValueError, r"frames: expected \(N, H, W\)"),
+    (lambda: ops.tile_patches(torch.zeros(1, 4, 4), 5), ValueError, "5x5 is larger than the frame"),
+    (
+        lambda: ops.tile_patches(torch.zeros(1, 4, 4), 2, 0),
+        ValueError,
+        "stride: expected at least 1",
+    ),
+    (lambda: ops.tile_patches(torch.zeros(1, 4, 4), 2.0), TypeError, "patch_size: expected an int"),
+    (lambda: ops.tile_patches(torch.zeros(1, 4, 4).int(), 2), TypeError, "frames: expected uint8"),
+    (lambda: ops.tile_patches([1], 2), TypeError, "frames: expected a torch.Tensor"),
+    (
+        lambda: ops.tile_patches(torch.zeros(1, 4, 4), 2, dtype=torch.int8),
+        TypeError,
+        "dtype: expected",
+    ),
+    (
+        lambda: ops.tile_patches(torch.zeros(1, 4, 4), 2, edge="pad"),
+        ValueError,
+        "edge: expected 'cover'",
+    ),
+    (lambda: ops.fold_scores(torch.zeros(2, 5), (4, 4), 2), ValueError, "expected 4 patches"),
+    (lambda: ops.fold_scores(torch.zeros(2, 4), (4, 4), 2, reduce="sum"), ValueError, "reduce"),
+    (lambda: ops.fold_scores(torch.zeros(4), (4, 4), 2), ValueError, r"scores: expected \(N, P\)"),
+    (
+        lambda: ops.perturb_latent(torch.zeros(2, 3), torch.zeros(2, 4)),
+        ValueError,
+        "latent's shape",
+    ),
+    (
+        lambda: ops.perturb_latent(torch.zeros(2, 3), torch.zeros(2, 3).half()),
+        TypeError,
+        "latent's dtype",
+    ),
+    (
+        lambda: ops.per_sample_mse(torch.zeros(2, 3), torch.zeros(3, 3)),
+        ValueError,
+        "expected shape",
+    ),
+    (
+        lambda: ops.paired_mse(torch.zeros(2, 3), torch.zeros(2, 3)),
+        ValueError,
+        r"expected shape \(4, 3\)",
+    ),
+    (
+        lambda: ops.sigmoid_mse(torch.zeros(2, 3).double(), torch.zeros(2, 3)),
+        TypeError,
+        "float64 goes with",
+    ),
+    (
+        lambda: ops.sigmoid_mse(torch.zeros(2).int(), torch.zeros(2)),
+        TypeError,
+        "logits: expected float32",
+    ),
+    (
+        lambda: ops.per_sample_mse(torch.zeros(2, 3, device="meta"), torch.zeros(2, 3)),
+        ValueError,
+        "target: expected on meta",
+    ),
+    (
+        lambda: ops.active_patches(
+            torch.zeros(1, 4, 4).byte(), torch.zeros(4, 5).byte(), 2, threshold=1.0
+        ),
+        ValueError,
+        "background: expected the frames' size",
+    ),
+    (
+        lambda: ops.active_patches(
+            torch.zeros(1, 4, 4).byte(), torch.zeros(4, 4).byte(), 2, threshold=math.nan
+        ),
+        ValueError,
+        "threshold: expected gray levels",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD)
+def test_bad_input(call, error, message) -> None:
+    with pytest.raises(error, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_backend_that_cannot_run_says_why() -> None:
+    with pytest.raises(ValueError, match="backend: expected one of"), fastalps.use_backend("cudnn"):
+        pass
+    if not backends.triton_state("cpu").available:
+        with (
+            fastalps.use_backend("triton"),
+            pytest.raises(fastalps.BackendUnavailable, match="triton cannot run per_sample_mse"),
+        ):
+            ops.per_sample_mse(torch.zeros(1, 1), torch.zeros(1, 1))
+    assert backends.requested() == "auto"
