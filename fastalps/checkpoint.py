@@ -1,0 +1,181 @@
+"""Models on disk: safetensors with the configuration in the header. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastalps.errors import UserError
+from fastalps.files import atomic_path
+from fastalps.models import ALPS, ModelConfig
+
+FORMAT = "fastalps-model"
+VERSION = "1"
+LEVELS = ("image", "patch", "frame")
+SCORE_KINDS = ("normal", "perturbed", "average")
+# Larger values in a configuration are not models but ways to exhaust the memory of a reader.
+LARGEST_WIDTH = 65536
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A threshold set on held-out normal data; what scores above it is flagged.
+
+    Attributes:
+        threshold: mean squared error of images in [0, 1].
+        score: the kind it is for: "normal", "perturbed" or "average".
+        level: what was scored: "image", "patch" or "frame".
+        target_false_positive_rate: the share of normal samples that may be flagged.
+        samples: how many normal samples it was set on.
+        settings: how they were scored (patches, gate, frame reduction).
+    """
+
+    threshold: float
+    score: str
+    level: str
+    target_false_positive_rate: float
+    samples: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.score not in SCORE_KINDS:
+            raise ValueError(f"score: expected one of {', '.join(SCORE_KINDS)}; got {self.score!r}")
+        if self.level not in LEVELS:
+            raise ValueError(f"level: expected one of {', '.join(LEVELS)}; got {self.level!r}")
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"threshold: expected a finite number, got {self.threshold}")
+        if not 0 < self.target_false_positive_rate < 1:
+            raise ValueError(
+                "target_false_positive_rate: expected between 0 and 1, "
+                f"got {self.target_false_positive_rate}"
+            )
+
+
+def save_tensors(
+    path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> None:
+    """Writes tensors (moved to the CPU) and text to one safetensors file, atomically."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        try:
+            save_file(plain, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+
+def read_tensors(
+    path: str | os.PathLike[str], expected_format: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads what `save_tensors` wrote; UserError when the file is not such a one."""
+    try:
+        with safe_open(os.fspath(path), framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != expected_format:
+                raise UserError(
+                    f"{path}: expected a {expected_format} file, got a safetensors file of another "
+                    f"kind; give the model.safetensors of a fastalps run"
+                )
+            if metadata.get("version") != VERSION:
+                raise UserError(
+                    f"{path}: expected version {VERSION} of the format, got "
+                    f"{metadata.get('version')!r}; read it with the fastalps that wrote it"
+                )
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; train a model first (fastalps-train)") from error
+    except (SafetensorError, OSError) as error:
+        text = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a readable safetensors file ({text})") from error
+
+
+def save(
+    model: ALPS, path: str | os.PathLike[str], calibration: Calibration | None = None
+) -> None:
+    """Writes a model: weights, configuration, calibration; atomically.
+
+    Args:
+        model: what to save.
+        path: of the file, `model.safetensors` by convention.
+        calibration: to store with it; the model's own where None.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    calibration = calibration or model.calibration
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": json.dumps(dataclasses.asdict(model.config)),
+    }
+    if calibration is not None:
+        metadata["calibration"] = json.dumps(dataclasses.asdict(calibration))
+    save_tensors(path, model.state_dict(), metadata)
+
+
+def parse_config(path: str | os.PathLike[str], text: str | None) -> ModelConfig:
+    """The configuration in a file's header; UserError when it is none of ours."""
+    try:
+        fields = json.loads(text or "")
+        for name in ("image_size", "encoder", "distorter", "decoder"):
+            fields[name] = tuple(fields[name])
+        config = ModelConfig(**fields)
+        numbers = (*config.image_size, *config.encoder, *config.distorter, *config.decoder)
+        if max(*numbers, config.latent, config.channels) > LARGEST_WIDTH:
+            raise ValueError(f"a size above {LARGEST_WIDTH}")
+        return config
+    except (ValueError, TypeError, KeyError) as error:
+        text = str(error).splitlines()[0]
+        raise UserError(f"{path}: its model configuration is not valid ({text})") from error
+
+
+def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> ALPS:
+    """Reads a model that `save` wrote, wherever it was trained.
+
+    Args:
+        path: of the file.
+        device: where to put it.
+
+    Returns:
+        The model, in eval mode, its `calibration` set where the file has one.
+
+    Raises:
+        UserError: no such file, another kind of file, or one that was cut short or altered.
+    """
+    tensors, metadata = read_tensors(path, FORMAT)
+    config = parse_config(path, metadata.get("config"))
+    with torch.device("meta"):
+        # Without memory first: a forged configuration must not allocate what the file lacks.
+        model = ALPS.from_config(config)
+    check_state(path, model.state_dict(), tensors)
+    model.load_state_dict(tensors, assign=True)
+    if "calibration" in metadata:
+        try:
+            model.calibration = Calibration(**json.loads(metadata["calibration"]))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}: its calibration is not valid ({error})") from error
+    return model.requires_grad_().eval().to(device)
+
+
+def check_state(
+    path: str | os.PathLike[str], expected: dict[str, Tensor], found: dict[str, Tensor]
+) -> None:
+    """UserError unless `found` has exactly the tensors of `expected`, by name, shape and dtype."""
+    for name in sorted({*expected, *found}):
+        if name not in found or name not in expected:
+            state = "lacks" if name not in found else "has an unknown"
+            raise UserError(f"{path}: the file {state} tensor {name}; it does not fit this model")
+        mine, theirs = expected[name], found[name]
+        if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
+            raise UserError(
+                f"{path}: tensor {name} should be {mine.dtype} {tuple(mine.shape)}, "
+                f"is {theirs.dtype} {tuple(theirs.shape)}"
+            )

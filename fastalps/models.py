@@ -1,0 +1,358 @@
+"""ALPS: an autoencoder and the adversary that learns to perturb its latent space.
+
+Source: Khazaie, Wong, Jewell, Mohsenzadeh, "Anomaly Detection with Adversarially Learned
+Perturbations of Latent Space", section III. The paper gives the numbers of layers but no widths;
+the presets state ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastalps import ops
+
+if TYPE_CHECKING:
+    from fastalps.checkpoint import Calibration
+
+# Widths of the hidden layers. "paper" keeps the paper's layer counts with the latent size that
+# detects best; "fast" is narrower; "network-b" is the wide network that benchmarks compare on.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"latent": 16, "encoder": (32, 64, 128), "decoder": (256, 128, 64, 32, 16, 16)},
+    "fast": {"latent": 16, "encoder": (16, 32, 64), "decoder": (96, 64, 32, 16, 8, 8)},
+    "network-b": {"latent": 256, "encoder": (32, 64, 128), "decoder": (256, 128, 64, 32, 16, 16)},
+}
+PERTURBATIONS = ("adversarial", "noise", "none")
+BOUNDS = ("none", "tanh", "norm")
+SMALLEST_IMAGE = 8
+
+
+class ALPSOutput(NamedTuple):
+    """What a forward pass gives; images in [0, 1]."""
+
+    latent: Tensor  # (N, D)
+    perturbation: Tensor  # (N, D), before its strength
+    reconstruction: Tensor  # (N, C, H, W)
+    perturbed_reconstruction: Tensor  # (N, C, H, W)
+
+
+class Scores(NamedTuple):
+    """Anomaly scores, (N,) float32 each; higher = more anomalous. Mean squared errors of images in
+    [0, 1], so between 0 and 1."""
+
+    normal: Tensor
+    perturbed: Tensor
+    average: Tensor
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of an ALPS model.
+
+    Attributes:
+        image_size: (height, width) in pixels, each at least 8.
+        channels: of the images.
+        preset: the name that the widths came from.
+        latent: size D of the latent vector.
+        encoder: widths of the first three convolutions; the fourth gives the latent.
+        distorter: the same for the distorter.
+        decoder: channels of the smallest map, of the four stride-2 and of the first of the two
+            stride-1 transposed convolutions.
+        batch_norm: batch normalisation after every hidden layer.
+        negative_slope: of the leaky ReLU after every hidden layer.
+        perturbation: "adversarial" (ALPS), "noise" (standard normal) or "none" (a plain
+            autoencoder).
+        bound: on the distorter's output p: "none", "tanh" (tanh(p)) or "norm"
+            (p / sqrt(mean p**2) per sample: unit root mean square).
+        strength: factor on the perturbation.
+    """
+
+    image_size: tuple[int, int]
+    channels: int
+    preset: str
+    latent: int
+    encoder: tuple[int, ...]
+    distorter: tuple[int, ...]
+    decoder: tuple[int, ...]
+    batch_norm: bool = True
+    negative_slope: float = 0.2
+    perturbation: str = "adversarial"
+    bound: str = "none"
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_whole("image_size", self.image_size, 2, SMALLEST_IMAGE)
+        _check_whole("channels", (self.channels,), 1, 1)
+        _check_whole("latent", (self.latent,), 1, 1)
+        _check_whole("encoder", self.encoder, 3, 1)
+        _check_whole("distorter", self.distorter, 3, 1)
+        _check_whole("decoder", self.decoder, 6, 1)
+        _check_choice("perturbation", self.perturbation, PERTURBATIONS)
+        _check_choice("bound", self.bound, BOUNDS)
+        if not 0 <= self.negative_slope < 1:
+            raise ValueError(f"negative_slope: expected in [0, 1), got {self.negative_slope}")
+        if not 0 < self.strength < float("inf"):
+            raise ValueError(f"strength: expected a positive number, got {self.strength}")
+
+    def map_sizes(self) -> list[tuple[int, int]]:
+        """Sizes from the image down to the smallest map: each halves, rounding up."""
+        sizes = [self.image_size]
+        for _ in range(4):
+            height, width = sizes[-1]
+            sizes.append(((height + 1) // 2, (width + 1) // 2))
+        return sizes
+
+
+def _check_whole(name: str, values: Sequence[int], count: int, smallest: int) -> None:
+    fits = len(values) == count and all(
+        isinstance(value, int) and not isinstance(value, bool) and value >= smallest
+        for value in values
+    )
+    if not fits:
+        what = "an integer" if count == 1 else f"{count} integers"
+        raise ValueError(f"{name}: expected {what} of at least {smallest}, got {tuple(values)}")
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {value!r}")
+
+
+def model_config(
+    image_size: int | Sequence[int] = 28, channels: int = 1, preset: str = "paper", **overrides: Any
+) -> ModelConfig:
+    """The configuration of a preset, with `overrides` of `ModelConfig`'s fields.
+
+    Raises:
+        ValueError: unknown preset, or a field out of its range. TypeError: unknown field.
+    """
+    _check_choice("preset", preset, tuple(PRESETS))
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    fields: dict[str, Any] = {**PRESETS[preset], **overrides}
+    fields.setdefault("distorter", fields["encoder"])
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    if unknown := sorted(set(fields) - known):
+        raise TypeError(
+            f"{unknown[0]}: no such option of ALPS; expected one of {', '.join(sorted(known))}"
+        )
+    for name in ("encoder", "distorter", "decoder"):
+        fields[name] = tuple(fields[name])
+    return ModelConfig(image_size=size, channels=channels, preset=preset, **fields)
+
+
+def _hidden(layer: nn.Module, channels: int, config: ModelConfig) -> Iterator[nn.Module]:
+    yield layer
+    if config.batch_norm:
+        yield nn.BatchNorm2d(channels)
+    yield nn.LeakyReLU(config.negative_slope)
+
+
+class Encoder(nn.Module):
+    """Four 3x3 stride-2 convolutions and global average pooling: (N, C, H, W) -> (N, latent)."""
+
+    def __init__(self, config: ModelConfig, widths: Sequence[int]) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        before = config.channels
+        for width in widths:
+            # Batch norm has its own shift, so a bias before it would do nothing.
+            convolution = nn.Conv2d(before, width, 3, 2, 1, bias=not config.batch_norm)
+            layers += _hidden(convolution, width, config)
+            before = width
+        layers.append(nn.Conv2d(before, config.latent, 3, 2, 1))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images).mean((2, 3))
+
+
+class Decoder(nn.Module):
+    """A dense layer and six transposed convolutions: (N, latent) -> logits (N, C, H, W).
+
+    Four 3x3 stride-2 layers mirror the encoder's sizes (by `output_padding`), two 3x3 stride-1
+    layers finish.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        sizes = config.map_sizes()[::-1]
+        start, *widths, last = config.decoder
+        self.start = (start, *sizes[0])
+        self.dense = nn.Linear(config.latent, start * sizes[0][0] * sizes[0][1])
+        layers: list[nn.Module] = [nn.LeakyReLU(config.negative_slope)]
+        if config.batch_norm:
+            layers.insert(0, nn.BatchNorm2d(start))
+        before = start
+        for width, small, large in zip(widths, sizes, sizes[1:], strict=False):
+            # A stride-2 layer gives 2 * size - 1 + output_padding.
+            padding = (large[0] - 2 * small[0] + 1, large[1] - 2 * small[1] + 1)
+            layer = nn.ConvTranspose2d(
+                before, width, 3, 2, 1, output_padding=padding, bias=not config.batch_norm
+            )
+            layers += _hidden(layer, width, config)
+            before = width
+        layer = nn.ConvTranspose2d(before, last, 3, 1, 1, bias=not config.batch_norm)
+        layers += _hidden(layer, last, config)
+        layers.append(nn.ConvTranspose2d(last, config.channels, 3, 1, 1))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.layers(self.dense(latent).unflatten(1, self.start))
+
+
+class Distorter(nn.Module):
+    """The adversary: an encoder of the image whose output perturbs the latent, (N, latent)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.bound = config.bound
+        self.encoder = Encoder(config, config.distorter)
+
+    def forward(self, images: Tensor) -> Tensor:
+        perturbation = self.encoder(images)
+        if self.bound == "tanh":
+            return perturbation.tanh()
+        if self.bound == "norm":
+            square = perturbation.float().square().mean(1, keepdim=True)
+            return (perturbation * (square + 1e-12).rsqrt()).to(perturbation.dtype)
+        return perturbation
+
+
+class ALPS(nn.Module):
+    """Autoencoder and distorter.
+
+    ``latent = encoder(x)``, ``perturbation = distorter(x)``,
+    ``reconstruction = sigmoid(decoder(latent))``,
+    ``perturbed_reconstruction = sigmoid(decoder(latent + strength * perturbation))``.
+
+    Args:
+        image_size: pixels, an int or (height, width), each at least 8.
+        channels: of the images.
+        preset: "paper", "fast" or "network-b".
+        **overrides: fields of `ModelConfig`, such as ``latent=32`` or ``perturbation="noise"``.
+
+    Raises:
+        ValueError: unknown preset or a value out of its range. TypeError: unknown option.
+    """
+
+    calibration: Calibration | None
+
+    def __init__(
+        self,
+        image_size: int | Sequence[int] = 28,
+        channels: int = 1,
+        preset: str = "paper",
+        **overrides: Any,
+    ) -> None:
+        super().__init__()
+        self._build(model_config(image_size, channels, preset, **overrides))
+
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> ALPS:
+        """A model of this configuration, with fresh weights."""
+        fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        return cls(**fields)
+
+    def _build(self, config: ModelConfig) -> None:
+        self.config = config
+        self.calibration = None
+        self.encoder = Encoder(config, config.encoder)
+        self.decoder = Decoder(config)
+        self.distorter = Distorter(config) if config.perturbation == "adversarial" else None
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) in [0, 1] -> latent (N, D)."""
+        return self.encoder(images)
+
+    def distort(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """(N, C, H, W) -> perturbation (N, D), before its strength.
+
+        Args:
+            generator: for the noise of ``perturbation="noise"``.
+        """
+        if self.distorter is not None:
+            return self.distorter(images)
+        shape = (images.shape[0], self.config.latent)
+        if self.config.perturbation == "noise":
+            noise = torch.randn(shape, generator=generator, device=images.device)
+            return noise.to(images.dtype)
+        return images.new_zeros(shape)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """(N, D) -> logits (N, C, H, W): the reconstruction before its sigmoid."""
+        return self.decoder(latent)
+
+    def forward(self, images: Tensor) -> ALPSOutput:
+        """Both reconstructions of `images`, float (N, C, H, W) in [0, 1]."""
+        self._check(images)
+        latent, perturbation = self.encode(images), self.distort(images)
+        perturbed, _ = ops.perturb_latent(latent, perturbation, self.config.strength)
+        both = self.decode(torch.cat([latent, perturbed])).sigmoid()
+        n = images.shape[0]
+        return ALPSOutput(latent, perturbation, both[:n], both[n:])
+
+    @torch.no_grad()
+    def score(self, images: Tensor) -> Scores:
+        """The three anomaly scores of `images`, without gradients and with eval-mode statistics.
+
+        Args:
+            images: float (N, C, H, W) in [0, 1]; N may be 0.
+
+        Returns:
+            `Scores` (normal, perturbed, average), (N,) float32 each.
+
+        Raises:
+            ValueError: wrong shape. TypeError: wrong dtype.
+        """
+        self._check(images)
+        training = self.training
+        if training:
+            self.eval()
+        try:
+            latent = self.encode(images)
+            perturbed, _ = ops.perturb_latent(latent, self.distort(images), self.config.strength)
+            logits = self.decode(torch.cat([latent, perturbed]))
+            normal, after = ops.paired_sigmoid_mse(logits, images).unbind()
+        finally:
+            if training:
+                self.train()
+        return Scores(normal, after, (normal + after) / 2)
+
+    def flops(self) -> int:
+        """Floating-point operations of both scores of one image: two a multiply-add of the dense
+        and convolutional layers, taps on zero borders counted."""
+        config = self.config
+        sizes = [height * width for height, width in config.map_sizes()]
+        total = 0
+        networks = [config.encoder, *([config.distorter] if self.distorter is not None else [])]
+        for widths in networks:
+            channels = (config.channels, *widths, config.latent)
+            total += sum(
+                9 * a * b * s for (a, b), s in zip(pairwise(channels), sizes[1:], strict=True)
+            )
+        passes = 1 if config.perturbation == "none" else 2
+        decoder = config.latent * config.decoder[0] * sizes[-1]
+        # A stride-2 transposed convolution multiplies at each pixel of its input.
+        maps = [*sizes[:0:-1], sizes[0], sizes[0]]
+        channels = (*config.decoder, config.channels)
+        decoder += sum(9 * a * b * s for (a, b), s in zip(pairwise(channels), maps, strict=True))
+        return 2 * (total + passes * decoder)
+
+    def _check(self, images: Tensor) -> None:
+        if not images.is_floating_point():
+            raise TypeError(
+                f"images: expected a floating dtype in [0, 1], got {images.dtype}; "
+                f"divide uint8 pixels by 255"
+            )
+        expected = (self.config.channels, *self.config.image_size)
+        if images.dim() != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"images: expected (N, {', '.join(map(str, expected))}), "
+                f"got shape {tuple(images.shape)}"
+            )
