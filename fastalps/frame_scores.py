@@ -1,0 +1,95 @@
+"""Scores of frames: of their patches, reduced to one a frame, painted as heatmaps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastalps import ops
+
+FRAME_REDUCES = ("max", "mean", "topk")
+
+
+def check_frame_reduce(reduce: str, top_k: int) -> None:
+    """Raises ValueError for an unknown reduction or a top_k below 1."""
+    if reduce not in FRAME_REDUCES:
+        raise ValueError(f"frame_reduce must be one of {', '.join(FRAME_REDUCES)}, got {reduce!r}")
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+        raise ValueError(f"top_k must be a number of patches from 1 up, got {top_k!r}")
+
+
+def reduce_patches(
+    patches: Tensor, reduce: str = "max", top_k: int = 3, kept: Tensor | None = None
+) -> Tensor:
+    """One score a frame from those of its patches.
+
+    Args:
+        patches: (N, P) floating.
+        reduce: "max"; "mean"; "topk" = the mean of the `top_k` highest (of all when P is less).
+        top_k: for "topk".
+        kept: bool (N, P): only these patches count; None = all.
+
+    Returns:
+        (N,) float32; 0 for a frame without (kept) patches.
+    """
+    check_frame_reduce(reduce, top_k)
+    patches = patches.float()
+    if patches.shape[1] == 0:
+        return patches.new_zeros(patches.shape[0])
+    if kept is None:
+        kept = torch.ones_like(patches, dtype=torch.bool)
+    count = kept.sum(1)
+    if reduce == "mean":
+        return patches.where(kept, 0.0).sum(1) / count.clamp(min=1)
+    number = 1 if reduce == "max" else min(top_k, patches.shape[1])
+    highest = patches.where(kept, -torch.inf).topk(number, dim=1).values
+    # A frame with fewer kept patches than top_k is the mean of those that it has.
+    return highest.where(highest > -torch.inf, 0.0).sum(1) / count.clamp(min=1, max=number)
+
+
+@dataclass(frozen=True, eq=False)
+class FrameScores:
+    """The scores of N frames.
+
+    Attributes:
+        patches: (N, P) float32, P in the order of `fastalps.ops.patch_grid`; 0 where the motion
+            gate dropped the patch.
+        frames: (N,) float32, the reduction of each frame's patches (dropped ones count as 0).
+        kept: bool (N, P), False where the gate dropped the patch; None when there was no gate.
+        frame_size, patch_size, stride: (height, width) in pixels.
+        edge: as the patches were cut, see `fastalps.ops.patch_grid`.
+    """
+
+    patches: Tensor
+    frames: Tensor
+    kept: Tensor | None
+    frame_size: tuple[int, int]
+    patch_size: tuple[int, int]
+    stride: tuple[int, int]
+    edge: str
+
+    def __len__(self) -> int:
+        return self.patches.shape[0]
+
+    def heatmaps(
+        self, frames: slice | Sequence[int] | None = None, *, reduce: str = "mean"
+    ) -> Tensor:
+        """The patches' scores painted on their frames, made when asked for.
+
+        Args:
+            frames: which frames, such as slice(100, 200); None = all. One frame takes
+                4 * height * width bytes, so ask for a long video's in pieces.
+            reduce: "mean" or "max" of the patches that cover a pixel.
+
+        Returns:
+            (n, H, W) float32; 0 where no patch covers a pixel.
+        """
+        if frames is None:
+            frames = slice(None)
+        scores = self.patches[frames if isinstance(frames, slice) else list(frames)]
+        return ops.fold_scores(
+            scores, self.frame_size, self.patch_size, self.stride, edge=self.edge, reduce=reduce
+        )

@@ -1,0 +1,220 @@
+"""The layer-by-layer path of scoring: one network call after the other, nothing computed twice.
+
+Batch norm is folded into the convolutions, memory is channels-last, both decoder passes are one of
+2N, and neither the reconstruction nor its error's terms are ever stored. On CUDA a whole batch is
+one graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from fastalps import ops
+from fastalps.environment import has_fast_bfloat16
+from fastalps.models import ALPS, Decoder
+
+PRECISIONS = ("fp32", "bf16")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# What a batch's network passes have to give.
+PASSES = ("normal", "perturbed", "both")
+
+
+def passes_for(kind: str) -> str:
+    """The passes that one kind of score needs."""
+    return "both" if kind == "average" else kind
+
+
+def pick(errors: Tensor, kind: str) -> Tensor:
+    """One kind of score out of the (rows, ...) errors of its passes, or of both."""
+    if kind == "average":
+        return errors.mean(0)
+    return errors[1 if kind == "perturbed" and errors.shape[0] == 2 else 0]
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """Resolves "auto": bf16 where the device multiplies it in hardware, else fp32.
+
+    Raises ValueError for a precision that this path does not have. Warns where bf16 is emulated.
+    """
+    if precision == "auto":
+        return "bf16" if has_fast_bfloat16(device) else "fp32"
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"precision must be one of {', '.join(PRECISIONS)} or auto here, got {precision!r}"
+        )
+    if precision == "bf16" and not has_fast_bfloat16(device):
+        warnings.warn(
+            f"this {device.type} has no bf16 arithmetic, so bf16 is emulated and slower than fp32",
+            stacklevel=3,
+        )
+    return precision
+
+
+def default_batch_size(image_size: tuple[int, int], device: torch.device) -> int:
+    """Images a batch: as many as keep the widest activations at some ten megabytes on a CPU."""
+    pixels = image_size[0] * image_size[1]
+    budget = 1 << (17 if device.type == "cpu" else 20)
+    return max(1, min(1024, budget // pixels))
+
+
+def fold_batch_norm(network: nn.Module) -> int:
+    """Folds each batch norm into the layer right before it, in place; returns how many.
+
+    Within an nn.Sequential, where the order of calls is known, and behind a decoder's dense layer;
+    only in eval mode, where the running statistics are constants:
+    y = gamma * (w * x + b - mean) / sqrt(var + eps) + beta.
+    """
+    folded = 0
+    for parent in network.modules():
+        if isinstance(parent, Decoder) and isinstance(parent.layers[0], nn.BatchNorm2d):
+            parent.dense = _fused_dense(parent.dense, parent.layers[0])
+            parent.layers[0] = nn.Identity()
+            folded += 1
+        if not isinstance(parent, nn.Sequential):
+            continue
+        for (name, layer), (norm_name, norm) in itertools.pairwise(list(parent.named_children())):
+            fused = _fused(layer, norm)
+            if fused is not None:
+                setattr(parent, name, fused)
+                setattr(parent, norm_name, nn.Identity())
+                folded += 1
+    return folded
+
+
+def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
+    if isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None:
+        if isinstance(layer, nn.Conv2d):
+            return fuse_conv_bn_eval(layer, norm)
+        if isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1:
+            return fuse_conv_bn_eval(layer, norm, transpose=True)
+    if isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d):
+        return None if norm.running_mean is None else fuse_linear_bn_eval(layer, norm)
+    return None
+
+
+def _fused_dense(dense: nn.Linear, norm: nn.BatchNorm2d) -> nn.Linear:
+    """A dense layer whose output is a map, with the map's batch norm: its pixels share one norm."""
+    pixels = dense.out_features // norm.num_features
+    flat = nn.BatchNorm1d(dense.out_features, eps=norm.eps).to(dense.weight).eval()
+    for name in ("running_mean", "running_var", "weight", "bias"):
+        getattr(flat, name).data = getattr(norm, name).data.repeat_interleave(pixels)
+    return fuse_linear_bn_eval(dense, flat)
+
+
+class LayerByLayer:
+    """Errors of images under a private, folded copy of an ALPS model.
+
+    Args:
+        model: an `fastalps.ALPS`; copied, so that later changes to it do not show.
+        device: where to run.
+        precision: "fp32" or "bf16", of weights and activations; targets and errors are float32.
+        batch_size: images a network call at most.
+    """
+
+    def __init__(self, model: ALPS, device: torch.device, precision: str, batch_size: int) -> None:
+        self.device = device
+        self.dtype = DTYPES[precision]
+        self.batch_size = batch_size
+        network = copy.deepcopy(model).eval().requires_grad_(False)
+        network.to(device)
+        fold_batch_norm(network)
+        for module in network.modules():
+            if isinstance(module, nn.LeakyReLU):
+                module.inplace = True
+        # After folding, which rounds once only that way.
+        self.network = network.to(self.dtype)
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._graphs: dict[str, _Graph] = {}
+        # Without a perturbation both passes are the same.
+        self._single = model.config.perturbation == "none"
+
+    @torch.inference_mode()
+    def errors(self, images: Tensor, passes: str) -> Tensor:
+        """Mean squared errors of the reconstructions.
+
+        Args:
+            images: float32 (N, C, H, W) in [0, 1] on the device; N may be 0.
+            passes: "normal", "perturbed" or "both".
+
+        Returns:
+            (1, N) float32, or (2, N) for "both": normal, then perturbed.
+        """
+        rows = 2 if passes == "both" else 1
+        if self._single:
+            passes = "normal"
+        result = torch.empty(rows, images.shape[0], dtype=torch.float32, device=images.device)
+        with _exact_float32(self.device):
+            for start in range(0, images.shape[0], self.batch_size):
+                batch = images[start : start + self.batch_size]
+                result[:, start : start + batch.shape[0]] = self._batch(batch, passes)
+        return result
+
+    def _batch(self, batch: Tensor, passes: str) -> Tensor:
+        if self.device.type != "cuda":
+            return self.forward(batch, passes)
+        if passes not in self._graphs:
+            self._graphs[passes] = _Graph(self, batch.shape[1:], passes)
+        return self._graphs[passes].replay(batch)
+
+    def forward(self, batch: Tensor, passes: str) -> Tensor:
+        """One batch, eagerly: (rows, n) float32."""
+        network = self.network
+        target = batch.contiguous(memory_format=torch.channels_last)
+        images = target.to(self.dtype)
+        latent = network.encode(images)
+        if passes == "normal":
+            return ops.sigmoid_mse(network.decode(latent), target)[None]
+        perturbed, _ = ops.perturb_latent(latent, network.distort(images), network.config.strength)
+        if passes == "perturbed":
+            return ops.sigmoid_mse(network.decode(perturbed), target)[None]
+        return ops.paired_sigmoid_mse(network.decode(torch.cat([latent, perturbed])), target)
+
+
+class _Graph:
+    """One batch as a CUDA graph with static buffers."""
+
+    def __init__(self, engine: LayerByLayer, shape: torch.Size, passes: str) -> None:
+        self.images = torch.zeros(engine.batch_size, *shape, device=engine.device)
+        self.images = self.images.contiguous(memory_format=torch.channels_last)
+        self.graph = torch.cuda.CUDAGraph()
+        # Libraries allocate and choose algorithms at their first calls, which no graph may record.
+        stream = torch.cuda.Stream(engine.device)
+        stream.wait_stream(torch.cuda.current_stream(engine.device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                engine.forward(self.images, passes)
+        torch.cuda.current_stream(engine.device).wait_stream(stream)
+        with torch.cuda.graph(self.graph):
+            self.errors = engine.forward(self.images, passes)
+
+    def replay(self, batch: Tensor) -> Tensor:
+        # The rest of a last, smaller batch keeps old images: their errors are not read.
+        count = batch.shape[0]
+        self.images[:count].copy_(batch)
+        self.graph.replay()
+        return self.errors[:, :count]
+
+
+@contextlib.contextmanager
+def _exact_float32(device: torch.device) -> Iterator[None]:
+    """fp32 means fp32: TF32 convolutions, cuDNN's default, keep 10 bits of mantissa."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(
+        enabled=cudnn.enabled,
+        benchmark=cudnn.benchmark,
+        deterministic=cudnn.deterministic,
+        allow_tf32=False,
+    ):
+        yield
