@@ -66,7 +66,9 @@ def torch_folders() -> tuple[Path, Path]:
     try:
         import torch
     except ImportError as error:
-        raise BuildFailure("torch is not installed in this environment (install it first)") from error
+        raise BuildFailure(
+            "torch is not installed in this environment (install it first)"
+        ) from error
     folder = Path(torch.__file__).parent
     return folder / "include", folder / "lib"
 
@@ -108,12 +110,18 @@ class Plan:
     def compile(self, source: Path, command: list[str]) -> None:
         output = BUILD / self.library.stem / (source.name + ".o")
         depfile = ["-MD", "-MF", f"{output}.d"]
-        self._edge("command", output, [source], [*command, *depfile, "-c", str(source), "-o", str(output)])
+        self._edge(
+            "command", output, [source], [*command, *depfile, "-c", str(source), "-o", str(output)]
+        )
         self.objects.append(output)
 
     def run(self, link: list[str]) -> Path:
         self._edge(
-            "link", self.library, self.objects, [*link, *map(str, self.objects), "-o", str(self.library)]
+            "link",
+            self.library,
+            self.objects,
+            # Objects first: --as-needed keeps only libraries that something before them needs.
+            [link[0], *map(str, self.objects), *link[1:], "-o", str(self.library)],
         )
         (BUILD / self.library.stem).mkdir(parents=True, exist_ok=True)
         script = BUILD / f"{self.library.stem}.ninja"
@@ -121,7 +129,9 @@ class Plan:
         ninja = shutil.which("ninja") or shutil.which(str(Path(sys.executable).parent / "ninja"))
         if ninja is None:
             raise BuildFailure("ninja was not found (pip install ninja)")
-        done = subprocess.run([ninja, "-f", str(script)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [ninja, "-f", str(script)], capture_output=True, text=True, check=False
+        )
         if done.returncode:
             print(done.stdout + done.stderr, file=sys.stderr)
             wrong = re.search(r"^.*\berror\b.*$", done.stdout, re.MULTILINE)
@@ -155,7 +165,15 @@ def build_cuda() -> Path:
         raise BuildFailure("nvcc was not found (install the CUDA toolkit, or set CUDA_HOME)")
     host, (headers, libraries) = cxx(), torch_folders()
     toolkit = Path(compiler).resolve().parents[1]
-    device = [compiler, "-ccbin", host, "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    device = [
+        compiler,
+        "-ccbin",
+        host,
+        "-std=c++20",
+        "-O3",
+        "-Xcompiler",
+        "-fPIC,-fvisibility=hidden",
+    ]
     device += ["-lineinfo", "-Icsrc", *architectures(compiler)]
     plan = Plan("fastalps_cuda")
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
@@ -178,7 +196,9 @@ class BuildNative(build_ext):
         self.place(folder, "fastalps_cpu", build_cpu, required=False)
         wish = os.environ.get("FASTALPS_CUDA", "")
         if wish == "0":
-            self.note(folder, "fastalps_cuda", "FASTALPS_CUDA=0 turned it off when it was installed")
+            self.note(
+                folder, "fastalps_cuda", "FASTALPS_CUDA=0 turned it off when it was installed"
+            )
         else:
             self.place(folder, "fastalps_cuda", build_cuda, required=wish == "1")
 

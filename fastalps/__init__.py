@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from fastalps.errors import BackendUnavailable, UserError
 
 if TYPE_CHECKING:
-    from fastalps import backends, data, metrics, nn, ops, protocols, reference  # noqa: F401
+    from fastalps import backends, data, metrics, ops, protocols, reference  # noqa: F401
+    from fastalps import nn as nn
     from fastalps.backends import use_backend
     from fastalps.checkpoint import Calibration, load, save
     from fastalps.gate import MotionGate
@@ -51,7 +52,10 @@ _HOMES = {
 }
 _MODULES = (
     "backends",
+    "calibration",
     "data",
+    "environment",
+    "gate",
     "metrics",
     "models",
     "nn",

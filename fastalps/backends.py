@@ -8,6 +8,7 @@ one by name; `auto` takes native where it is loaded, then Triton, then the refer
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -63,7 +64,8 @@ def load_native(device_type: str) -> State:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return State(False, f"{path.name} does not load: {str(error).splitlines()[0]}")
+        cause = str(error.__cause__ or error).splitlines()[0]
+        return State(False, f"{path.name} does not load: {cause}")
     return State(True, path.name)
 
 
@@ -122,15 +124,23 @@ _requested = "auto"
 _choices: dict[tuple[str, str], Callable[..., Any] | str] = {}
 
 
+@functools.cache
+def _log_fallbacks() -> None:
+    """Says once what `auto` has to do without: a warning where the device is there, else info."""
+    for device_type in DEVICES:
+        state = load_native(device_type)
+        present = device_type == "cpu" or torch.cuda.is_available()
+        if not state.available:
+            level = logging.WARNING if present else logging.INFO
+            logger.log(level, "no native kernels on %s: %s", device_type, state.reason)
+
+
 def _choose(request: str) -> None:
     """Resolves every op for every device at once: calls, and compilers that trace them, only look
     the answer up."""
     global _requested
     if request == "auto":
-        for device_type in DEVICES:
-            state = load_native(device_type)
-            if not state.available:
-                logger.info("no native kernels on %s: %s", device_type, state.reason)
+        _log_fallbacks()
     choices = {
         (op, device_type): _resolve(request, op, device_type)
         for op in OPS
@@ -146,6 +156,12 @@ def initialise() -> None:
     if request not in BACKENDS:
         raise ValueError(
             f"FASTALPS_BACKEND: expected one of {', '.join(BACKENDS)}; got {request!r}"
+        )
+    wish = os.environ.get("FASTALPS_CPU")
+    if wish and cpu_kernels() not in (wish, "none"):
+        raise ValueError(
+            f"FASTALPS_CPU: {wish!r} was asked for, but this CPU runs {cpu_kernels()!r}; expected "
+            "default, avx2 or avx512, as far as the CPU has them"
         )
     _choose(request)
 
@@ -190,6 +206,16 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _choose(before)
+
+
+def cpu_kernels() -> str:
+    """Which instructions the C++ kernels use here: "default", "avx2" or "avx512"; or "none"."""
+    path = library_path("cpu")
+    if path is None or not load_native("cpu").available:
+        return "none"
+    capability = ctypes.CDLL(str(path)).fastalps_cpu_capability
+    capability.restype = ctypes.c_char_p
+    return capability().decode()
 
 
 def report() -> dict[str, State]:

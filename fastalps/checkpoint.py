@@ -97,9 +97,7 @@ def read_tensors(
         raise UserError(f"{path}: not a readable safetensors file ({text})") from error
 
 
-def save(
-    model: ALPS, path: str | os.PathLike[str], calibration: Calibration | None = None
-) -> None:
+def save(model: ALPS, path: str | os.PathLike[str], calibration: Calibration | None = None) -> None:
     """Writes a model: weights, configuration, calibration; atomically.
 
     Args:

@@ -133,7 +133,7 @@ def model_config(
         ValueError: unknown preset, or a field out of its range. TypeError: unknown field.
     """
     _check_choice("preset", preset, tuple(PRESETS))
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    size: Any = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     fields: dict[str, Any] = {**PRESETS[preset], **overrides}
     fields.setdefault("distorter", fields["encoder"])
     known = {field.name for field in dataclasses.fields(ModelConfig)}

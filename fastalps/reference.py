@@ -1,9 +1,9 @@
 """Every op in plain PyTorch: the definition of correct.
 
 The functions have the names and signatures of the raw ops (`torch.ops.fastalps.*`): arguments are
-already validated and normalised by `fastalps.ops`. They are differentiable through autograd, so that
-the gradients of the kernels are tested against them. Arithmetic is float32, or float64 where the
-input is.
+already validated and normalised by `fastalps.ops`. They are differentiable through autograd, so
+that the gradients of the kernels are tested against them. Arithmetic is float32, or float64 where
+the input is.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def tile_patches_backward(
     scale: float,
 ) -> Tensor:
     """(N, P, C, ph, pw) -> (N, C, H, W): scale times the sum over the patches of each pixel."""
-    n, count, channels = grad.shape[:3]
+    n, _, channels = grad.shape[:3]
     index = _pixel_indices(frame_size, patch_size, stride, cover, grad.device)
     values = grad.to(torch.promote_types(compute_dtype(dtype), compute_dtype(grad.dtype)))
     values = values.transpose(1, 2).reshape(n, channels, index.numel())

@@ -23,7 +23,7 @@ TOLERANCE: dict[torch.dtype, dict[str, float]] = {
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Fills every `torch.empty` with NaN (integers: the largest), so that unwritten elements show."""
+    """Fills every `torch.empty` with NaN (integers: the largest): unwritten elements show."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
@@ -81,12 +81,12 @@ def sample_inputs(op: str, generator: torch.Generator) -> Iterator[tuple[Any, ..
                     continue
                 for source in (torch.uint8, *floating):
                     frames = _random((2, 3, *size), source, generator)
-                    rest = (patch, stride, not cover, dtype, 0.5, -1.0)
-                    yield (frames, *rest)
-                    yield (frames[:, :1].transpose(0, 1), *rest)
-                    yield (frames.to(memory_format=torch.channels_last), *rest)
-                    yield (_spread(frames), *rest)
-                    yield (frames[:0], *rest)
+                    options = (patch, stride, not cover, dtype, 0.5, -1.0)
+                    yield (frames, *options)
+                    yield (frames[:, :1].transpose(0, 1), *options)
+                    yield (frames.to(memory_format=torch.channels_last), *options)
+                    yield (_spread(frames), *options)
+                    yield (frames[:0], *options)
     elif op == "fold_scores":
         for size, patch, stride in GRIDS:
             for cover in (False, True):
@@ -100,29 +100,29 @@ def sample_inputs(op: str, generator: torch.Generator) -> Iterator[tuple[Any, ..
                         yield (_spread(scores), size, patch, stride, cover, maximum)
                         yield (scores[:0], size, patch, stride, cover, maximum)
     elif op == "perturb_latent":
-        for size in SIZES:
+        for length in SIZES:
             for dtype in floating:
-                latent = _random((5, size), dtype, generator)
-                perturbation = _random((5, size), dtype, generator)
+                latent = _random((5, length), dtype, generator)
+                perturbation = _random((5, length), dtype, generator)
                 yield (latent, perturbation, 0.7)
                 yield (_spread(latent), perturbation.T.contiguous().T, -1.5)
                 yield (latent[:0], perturbation[:0], 1.0)
     else:
         passes = 2 if op.startswith("paired") else 1
-        for size in SIZES:
+        for length in SIZES:
             for dtype, other in (
                 *((dtype, dtype) for dtype in floating),
                 (torch.bfloat16, torch.float32),
                 (torch.float32, torch.float16),
             ):
-                values = _random((passes * 3, size), dtype, generator)
-                target = _random((3, size), other, generator)
+                values = _random((passes * 3, length), dtype, generator)
+                target = _random((3, length), other, generator)
                 yield (values, target)
                 yield (_spread(values), target)
                 yield (values[:0], target[:0])
         values = _random((passes * 2, 3, 5, 7), torch.float32, generator)
         target = _random((2, 3, 5, 7), torch.float32, generator)
-        channels_last = {"memory_format": torch.channels_last}
-        yield (values.to(**channels_last), target.to(**channels_last))
-        yield (values.to(**channels_last), target)
+        last = values.contiguous(memory_format=torch.channels_last)
+        yield (last, target.contiguous(memory_format=torch.channels_last))
+        yield (last, target)
         yield (values[:, :1].expand(-1, 3, -1, -1), target)

@@ -1,4 +1,4 @@
-"""Every implementation of every op against the reference in float64: the one place where they meet."""
+"""Every implementation of every op against the float64 reference: the one place they meet."""
 
 from __future__ import annotations
 

@@ -1,0 +1,11 @@
+"""Training: the paper's alternating optimisation of autoencoder and distorter.
+
+`config` holds the options, `steps` one optimisation step of each player, `batches` the images on
+their device, `validation` what picks the epoch, `run_state` what a run needs to go on, `trainer`
+the loop.
+"""
+
+from fastalps.training.config import TrainConfig
+from fastalps.training.trainer import FitResult, Trainer
+
+__all__ = ["FitResult", "TrainConfig", "Trainer"]
