@@ -7,6 +7,7 @@ from fastalps.data.folder import load_folder
 from fastalps.data.frames import iter_frames, read_frames, read_images
 from fastalps.data.images import FASHION_NAMES, IMAGE_DATASETS, load_images
 from fastalps.data.listing import IMAGE_SUFFIXES
+from fastalps.data.patches import moving_patches, patch_task
 from fastalps.data.splits import PROTOCOLS
 from fastalps.data.ucsd import load_ucsd
 
@@ -21,6 +22,8 @@ __all__ = [
     "load_folder",
     "load_images",
     "load_ucsd",
+    "moving_patches",
+    "patch_task",
     "read_frames",
     "read_images",
 ]

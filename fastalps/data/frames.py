@@ -88,6 +88,20 @@ def iter_frames(
     return _chunks(paths, read_header(paths[0]), chunk, threads)
 
 
+def frame_sample(path: str | os.PathLike[str], samples: int, workers: int | None = None) -> Tensor:
+    """At most `samples` frames of a folder at even distances, uint8 (n, H, W): all of a short clip.
+
+    They are those that `fastalps.gate.clip_background` picks from the whole clip. Raises UserError
+    as `read_frames`.
+    """
+    threads = worker_count(workers)
+    paths = list_frames(require_folder(path, "frames"))
+    if len(paths) > samples:
+        paths = [paths[i * len(paths) // samples] for i in range(samples)]
+    frames = decode_frames(paths, read_header(paths[0]), threads, _AHEAD_PER_WORKER * threads)
+    return torch.from_numpy(np.stack(list(frames)))
+
+
 def _chunks(
     paths: Sequence[Path], first: Header, chunk: int, workers: int
 ) -> Iterator[tuple[Tensor, tuple[str, ...]]]:

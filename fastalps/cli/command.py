@@ -1,0 +1,65 @@
+"""What every command does alike: exit codes, one-line errors, warnings, log lines."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+
+from fastalps.errors import BackendUnavailable, UserError
+
+USAGE_ERROR = 2
+# As shells count it: 128 plus the number of the signal.
+INTERRUPTED = 130
+
+
+class Interrupted(Exception):
+    """Ctrl-C, with what the user should know about the work so far."""
+
+
+def run(name: str, body: Callable[[Sequence[str]], None], arguments: Sequence[str] | None) -> int:
+    """Runs a command and returns its exit code.
+
+    0: done; 2: an error that the user can mend, told in one line; 130: Ctrl-C. Whatever else goes
+    wrong is a fault of the program and keeps its traceback. FASTALPS_TRACEBACK=1 shows the
+    traceback of the others, too.
+
+    Args:
+        name: of the command, in front of each message.
+        body: takes the arguments; raises to fail.
+        arguments: None = the process's own.
+    """
+    logging.basicConfig(format=f"{name}: %(message)s")
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: _say(name, f"warning: {message}")
+        try:
+            body(sys.argv[1:] if arguments is None else arguments)
+        except BrokenPipeError:
+            # The reader of a pipe has seen enough; nothing must be flushed to it at exit.
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return USAGE_ERROR
+        except (KeyboardInterrupt, Interrupted) as stop:
+            _say(name, str(stop) or "stopped")
+            return INTERRUPTED
+        except torch.OutOfMemoryError:
+            return _fail(name, "the device has too little memory; lower batch_size")
+        except (UserError, ValueError, BackendUnavailable, OSError) as error:
+            return _fail(name, str(error) or type(error).__name__)
+    return 0
+
+
+def _fail(name: str, text: str) -> int:
+    if os.environ.get("FASTALPS_TRACEBACK"):
+        raise
+    _say(name, f"error: {text}")
+    return USAGE_ERROR
+
+
+def _say(name: str, text: str) -> None:
+    print(f"{name}: " + " ".join(text.split()), file=sys.stderr)

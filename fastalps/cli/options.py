@@ -1,0 +1,161 @@
+"""Options of the commands: dataclasses, typed once, that become flags, YAML and help texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastalps.errors import UserError
+
+VIDEO_DATASETS = ("ucsd-ped1", "ucsd-ped2")
+IMAGE_DATASETS = ("digits", "mnist", "fashion-mnist", "folder")
+DATASETS = (*IMAGE_DATASETS, *VIDEO_DATASETS)
+
+Options = TypeVar("Options")
+
+# What the parser says of a value that fits none of two types, one of them null.
+_OPTIONAL = re.compile(r"Does not validate .*?<class '(?!NoneType)(\w+)'>.*Given value: (.*)")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The data.
+
+    Attributes:
+        dataset: digits (embedded), mnist, fashion-mnist, folder (your own images), ucsd-ped1 or
+            ucsd-ped2.
+        root: the folder that holds the data set; not needed for digits.
+        normal_class: number or name of the class that is normal (digits, mnist, fashion-mnist).
+        download: fetch missing files of mnist and fashion-mnist.
+        image_size: resize the images of a folder to this many pixels in height and width; null =
+            as stored.
+        cache: folder where decoded frames are kept, which makes the next read immediate; null =
+            nowhere.
+    """
+
+    dataset: str = "digits"
+    root: str | None = None
+    normal_class: str | None = None
+    download: bool = False
+    image_size: int | None = None
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dataset not in DATASETS:
+            raise UserError(f"dataset must be one of {', '.join(DATASETS)}; got {self.dataset!r}")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model.
+
+    Attributes:
+        preset: paper (the paper's layer counts), fast (narrower) or network-b (wider).
+        latent: size of the latent vector; null = the preset's.
+        perturbation: adversarial (ALPS), noise (random) or none (a plain autoencoder).
+        bound: on the perturbation: none, tanh or norm.
+        strength: factor on the perturbation.
+        batch_norm: batch normalisation after every hidden layer.
+    """
+
+    preset: str = "paper"
+    latent: int | None = None
+    perturbation: str = "adversarial"
+    bound: str = "none"
+    strength: float = 1.0
+    batch_norm: bool = True
+
+    def overrides(self) -> dict[str, Any]:
+        """Keyword arguments of `fastalps.ALPS` besides image size, channels and preset."""
+        fields = dataclasses.asdict(self)
+        del fields["preset"]
+        if self.latent is None:
+            del fields["latent"]
+        return fields
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Threshold, and video.
+
+    Attributes:
+        target_fpr: share of held-out normal images (or frames of video) that the threshold may
+            flag.
+        patch_size: pixels in height and width of the patches that frames are cut into.
+        gate_threshold: gray levels; a patch is looked at when its mean absolute difference from
+            the clip's background is greater.
+        frame_reduce: how a frame's score comes from its patches: max, mean or topk.
+        top_k: patches that topk averages.
+    """
+
+    target_fpr: float = 0.01
+    patch_size: int = 30
+    gate_threshold: float = 3.0
+    frame_reduce: str = "max"
+    top_k: int = 3
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target_fpr < 1:
+            raise UserError(f"target_fpr must be between 0 and 1, got {self.target_fpr}")
+
+
+def make_parser(name: str, description: str, usage: str, *groups: type) -> Any:
+    """An argument parser with a flag for each field of the option classes `groups`.
+
+    Flags are spelt with hyphens (`--normal-class`); the keys of its YAML with underscores. Errors
+    are `UserError`s: one line, no usage dump.
+    """
+    # The texts of the help come from docstrings, by way of a module that is slow to import.
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog=name,
+        description=description,
+        usage=usage,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", action="config", help="YAML file of options; flags behind it win"
+    )
+    for group in groups:
+        parser.add_class_arguments(group, as_group=True)
+    for action in parser._actions:
+        flags = list(action.option_strings)
+        action.option_strings = [_hyphened(flag) for flag in flags]
+        for flag in flags:
+            parser._option_string_actions[_hyphened(flag)] = parser._option_string_actions.pop(flag)
+    return parser
+
+
+def parse(parser: Any, arguments: Sequence[str]) -> Any:
+    """The namespace of `arguments`; raises UserError for anything the parser refuses."""
+    from jsonargparse import ArgumentError
+
+    try:
+        return parser.parse_args([_hyphened(argument) for argument in arguments])
+    except ArgumentError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        text = re.sub(r"Parser key \"(\w+)\"", r"\1", " ".join(lines)) or "wrong arguments"
+        text = _OPTIONAL.sub(r"Expected a <class '\1'> or null. Got value: \2", text)
+        raise UserError(f"{text}; see {parser.prog} --help") from error
+
+
+def _hyphened(argument: str) -> str:
+    flag, separator, value = argument.partition("=")
+    return flag.replace("_", "-") + separator + value if flag.startswith("--") else argument
+
+
+def pick(namespace: Any, kind: type[Options]) -> Options:
+    """The fields of one option class out of a flat namespace."""
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: namespace[name] for name in names})
+
+
+def absolute(path: str | None) -> str | None:
+    """A path that still holds when the run goes on from another folder."""
+    return None if path is None else os.path.abspath(os.path.expanduser(path))

@@ -1,0 +1,75 @@
+"""The folder of a training run: which file is what, and how results are written into it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastalps.checkpoint import Calibration
+from fastalps.errors import UserError
+from fastalps.files import write_json, write_text
+from fastalps.training.trainer import CHECKPOINT
+
+MODEL = "model.safetensors"
+CONFIG = "config.yaml"
+METRICS = "metrics.json"
+SCORES = "scores.csv"
+FIGURES = "figures"
+
+
+def check_unused(folder: Path) -> None:
+    """Raises UserError when a run is there already: none is ever overwritten."""
+    for name in (MODEL, CHECKPOINT, CONFIG):
+        if (folder / name).exists():
+            raise UserError(
+                f"{folder} already holds a run ({name}); add --resume to go on with it, "
+                "or choose another --out"
+            )
+
+
+def check_resumable(folder: Path) -> None:
+    """Raises UserError when there is nothing to resume."""
+    if not (folder / CHECKPOINT).is_file():
+        raise UserError(f"{folder} holds no run to resume ({CHECKPOINT}); leave --resume out")
+
+
+def write_scores(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a CSV file; floats keep all their digits, so that figures can be recomputed."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([_plain(value) for value in row] for row in rows)
+    write_text(path, text.getvalue())
+
+
+def write_metrics(path: Path, record: dict[str, Any]) -> None:
+    """Writes JSON; a figure that could not be computed is null."""
+    write_json(path, _without_nan(record))
+
+
+def explain(calibration: Calibration) -> str:
+    """What a threshold means, in a sentence."""
+    unit = {"image": "images", "patch": "patches", "frame": "frames"}[calibration.level]
+    return (
+        f"a score is a mean squared error of pixels in [0, 1]; above {calibration.threshold:.6g} "
+        f"it is flagged, which at most {100 * calibration.target_false_positive_rate:g}% of "
+        f"{calibration.samples} held-out normal {unit} are"
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bool):
+        return int(value)
+    return repr(value) if isinstance(value, float) else value
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,237 @@
+"""``fastalps-train``: data in, a folder with a model, its scores, figures and metrics out."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fastalps import environment
+from fastalps.cli import command, figures, run_folder
+from fastalps.cli.evaluation import Evaluation, evaluate_images, evaluate_video
+from fastalps.cli.options import (
+    VIDEO_DATASETS,
+    DataOptions,
+    EvaluationOptions,
+    ModelOptions,
+    absolute,
+    make_parser,
+    parse,
+    pick,
+)
+from fastalps.data import Clip, OneClassData, load_images, load_ucsd, patch_task
+from fastalps.errors import UserError
+from fastalps.files import make_folder, write_text
+from fastalps.gate import MotionGate
+from fastalps.models import ALPS
+from fastalps.training import FitResult, TrainConfig, Trainer
+from fastalps.training.trainer import CHECKPOINT, choose_device
+
+NAME = "fastalps-train"
+logger = logging.getLogger("fastalps")
+
+USAGE = """fastalps-train --dataset NAME [--root DIR] [--normal-class K] --out RUN [options]
+
+  fastalps-train --dataset digits --normal-class 3 --epochs 30 --out runs/three
+  fastalps-train --dataset mnist --root data/mnist --normal-class 2 --out runs/two
+  fastalps-train --dataset folder --root my-images --protocol strict --out runs/mine
+  fastalps-train --dataset ucsd-ped2 --root data/UCSDped2 --out runs/ped2
+  fastalps-train --resume --out runs/ped2                 (after Ctrl-C or a crash)"""
+
+DESCRIPTION = """Trains ALPS on normal data and tests it.
+
+RUN gets model.safetensors, config.yaml, history.csv (an epoch a row), metrics.json (AUROC, AUPR and
+EER of each score), scores.csv (what they are computed from) and figures/. A score is the mean
+squared error of an image's reconstruction, pixels in [0, 1]: normal, perturbed, or the average of
+both; higher = more anomalous. The threshold is set on held-out normal data only."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code, see `fastalps.cli.command.run`."""
+    return command.run(NAME, train, arguments)
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Parses the arguments, trains, evaluates and writes the run's folder."""
+    parser = make_parser(
+        NAME, DESCRIPTION, USAGE, DataOptions, ModelOptions, TrainConfig, EvaluationOptions
+    )
+    parser.add_argument("--out", required=True, help="the run's folder; must not hold a run yet")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out, bit for bit"
+    )
+    options = parse(parser, _with_stored_configuration(arguments))
+    data_options = pick(options, DataOptions)
+    model_options = pick(options, ModelOptions)
+    config = pick(options, TrainConfig)
+    evaluation_options = pick(options, EvaluationOptions)
+    folder = Path(options.out)
+    if options.resume:
+        run_folder.check_resumable(folder)
+    else:
+        run_folder.check_unused(folder)
+    if data_options.dataset in VIDEO_DATASETS and config.select == "auto":
+        # UCSD has no anomaly outside its test set: nothing but normal loss can pick an epoch.
+        config = dataclasses.replace(config, protocol="strict")
+
+    data, held_out, test = _load(data_options, config, evaluation_options)
+    torch.manual_seed(config.seed)
+    model = ALPS(
+        tuple(data.train.shape[2:]),
+        data.train.shape[1],
+        model_options.preset,
+        **model_options.overrides(),
+    )
+    device = choose_device(config)
+    make_folder(folder)
+    stored = options.clone(with_meta=False)
+    stored.root, stored.cache = absolute(data_options.root), absolute(data_options.cache)
+    for name in ("out", "resume", "config"):
+        stored.pop(name, None)
+    write_text(
+        folder / run_folder.CONFIG, parser.dump(stored, skip_none=False, skip_validation=True)
+    )
+    print(
+        f"{data.name}: {len(data.train)} training images of "
+        f"{' x '.join(map(str, data.train.shape[1:]))}, {len(data.validation)} held out; "
+        f"{config.epochs} epochs on {_described(device)}"
+    )
+
+    begin = time.perf_counter()
+    fitted = _fit(model, data, config, folder, options.resume)
+    seconds = time.perf_counter() - begin
+    if test is None:
+        result = evaluate_images(fitted, data, evaluation_options)
+    else:
+        result = evaluate_video(fitted, held_out, test, evaluation_options)
+    _write(folder, fitted, data, result, config, data_options, seconds)
+    for line in result.lines:
+        print(line)
+    print(run_folder.explain(result.calibration))
+    print(
+        f"wrote {folder}: {run_folder.MODEL}, {run_folder.METRICS}, {run_folder.SCORES}, figures/"
+    )
+
+
+def _with_stored_configuration(arguments: Sequence[str]) -> list[str]:
+    """`arguments` with the stored configuration of a run that is resumed in front.
+
+    So `--resume --out RUN` alone goes on with all the options that the run was started with.
+    """
+    out = None
+    for i, argument in enumerate(arguments):
+        if argument == "--out" and i + 1 < len(arguments):
+            out = arguments[i + 1]
+        elif argument.startswith("--out="):
+            out = argument.partition("=")[2]
+    stored = Path(out or "") / run_folder.CONFIG
+    if "--resume" not in arguments or out is None or not stored.is_file():
+        return list(arguments)
+    return ["--config", str(stored), *arguments]
+
+
+def _load(
+    options: DataOptions, config: TrainConfig, evaluation: EvaluationOptions
+) -> tuple[OneClassData, list[Clip], list[Clip] | None]:
+    """The task, the normal clips held out of it, and the test clips (None for images)."""
+    if options.dataset in VIDEO_DATASETS:
+        if options.root is None:
+            raise UserError(
+                f"the data set {options.dataset} needs --root, the folder that holds it"
+            )
+        if options.normal_class is not None:
+            raise UserError(f"--normal-class does not apply to {options.dataset}; leave it out")
+        subset = options.dataset.removeprefix("ucsd-")
+        clips = load_ucsd(options.root, subset, "train", cache=options.cache)
+        test = load_ucsd(options.root, subset, "test", cache=options.cache)
+        gate = MotionGate(evaluation.gate_threshold)
+        return (*patch_task(options.dataset, clips, evaluation.patch_size, gate), test)
+    if options.dataset == "folder" and options.root is not None:
+        from fastalps.data import load_folder
+
+        if options.normal_class is not None:
+            raise UserError(
+                "--normal-class does not apply to folder, whose sub-folders say what is normal; "
+                "leave it out"
+            )
+        data = load_folder(
+            options.root,
+            image_size=options.image_size,
+            protocol=config.protocol,
+            seed=config.seed,
+        )
+        return data, [], None
+    data = load_images(
+        options.dataset,
+        options.root,
+        normal_class=options.normal_class,
+        protocol=config.protocol,
+        seed=config.seed,
+        download=options.download,
+    )
+    return data, [], None
+
+
+def _fit(
+    model: ALPS, data: OneClassData, config: TrainConfig, folder: Path, resume: bool
+) -> FitResult:
+    try:
+        return Trainer(config, folder).fit(model, data, resume)
+    except KeyboardInterrupt:
+        if (folder / CHECKPOINT).is_file():
+            hint = f"the finished epochs are kept; go on with: {NAME} --resume --out {folder}"
+        else:
+            hint = "nothing was trained yet"
+        raise command.Interrupted(f"stopped; {hint}") from None
+
+
+def _write(
+    folder: Path,
+    fitted: FitResult,
+    data: OneClassData,
+    result: Evaluation,
+    config: TrainConfig,
+    options: DataOptions,
+    seconds: float,
+) -> None:
+    import fastalps
+
+    record = environment.result_record(
+        config.protocol,
+        result.metrics,
+        seed=config.seed,
+        data=data.name,
+        dataset=options.dataset,
+        model=dataclasses.asdict(fitted.model.config),
+        parameters=sum(p.numel() for p in fitted.model.parameters()),
+        flops_per_image=fitted.model.flops(),
+        training=dataclasses.asdict(config),
+        training_images=len(data.train),
+        training_seconds=round(seconds, 3),
+        chosen_epoch=fitted.best_epoch,
+        chosen_by=fitted.selection,
+        chosen_score=fitted.score,
+        calibration=dataclasses.asdict(result.calibration),
+    )
+    fastalps.save(fitted.model, folder / run_folder.MODEL, result.calibration)
+    run_folder.write_scores(folder / run_folder.SCORES, result.columns, result.rows)
+    pictures = make_folder(folder / run_folder.FIGURES)
+    figures.losses(pictures / "losses.png", fitted.history, fitted.best_epoch)
+    result.draw(pictures)
+    # Last: whoever finds it finds the rest.
+    run_folder.write_metrics(folder / run_folder.METRICS, record)
+
+
+def _described(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"{torch.get_num_threads()} CPU threads"
+    return torch.cuda.get_device_name(device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,289 @@
+"""The commands on images: what they write, how they resume, and how they fail."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastalps
+from fastalps import metrics
+from fastalps.cli import command, demo, score, train
+from fastalps.training.trainer import CHECKPOINT
+from tests.test_data_images import bytes_of, save
+
+QUICK = ["--preset", "fast", "--latent", "4", "--epochs", "3", "--batch-size", "32"]
+DIGITS = ["--dataset", "digits", "--normal-class", "3", *QUICK]
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "three"
+    assert train.main([*DIGITS, "--out", str(folder)]) == 0
+    return folder
+
+
+def one_line(capsys) -> str:
+    """The error on the screen: exactly one line, and no traceback."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_run_folder(run) -> None:
+    names = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
+    pictures = {f"figures/{n}.png" for n in ("losses", "roc", "histogram", "reconstructions")}
+    files = {"model.safetensors", "config.yaml", "history.csv", "metrics.json", "scores.csv"}
+    assert names == files | pictures | {CHECKPOINT}
+    for name in pictures:
+        with Image.open(run / name) as picture:
+            assert picture.width > 300 and np.asarray(picture.convert("L")).std() > 5
+
+
+def test_figures_follow_from_the_scores(run) -> None:
+    record = json.loads((run / "metrics.json").read_text())
+    rows = rows_of(run / "scores.csv")
+    labels = np.array([int(row["anomalous"]) for row in rows])
+    assert len(rows) == record["metrics"]["average"]["count"] > 300
+    for kind in ("normal", "perturbed", "average"):
+        scores = np.array([float(row[kind]) for row in rows])
+        assert metrics.auroc(scores, labels) == record["metrics"][kind]["auroc"]
+    calibration = record["calibration"]
+    chosen = np.array([float(row[calibration["score"]]) for row in rows])
+    flagged = np.array([int(row["flagged"]) for row in rows])
+    np.testing.assert_array_equal(flagged, chosen > calibration["threshold"])
+    assert record["chosen_score"] == calibration["score"]
+    assert record["environment"]["libraries"]["torch"] == torch.__version__
+    assert fastalps.load(run / "model.safetensors").calibration.threshold == pytest.approx(
+        calibration["threshold"]
+    )
+
+
+def test_same_configuration_same_run(run, tmp_path) -> None:
+    again = tmp_path / "again"
+    assert train.main(["--config", str(run / "config.yaml"), "--out", str(again)]) == 0
+    assert (again / "scores.csv").read_text() == (run / "scores.csv").read_text()
+    assert (again / "config.yaml").read_text() == (run / "config.yaml").read_text()
+
+
+def test_resume_is_bit_for_bit(run, tmp_path) -> None:
+    short = tmp_path / "short"
+    begun = [*DIGITS, "--epochs", "2", "--out", str(short)]
+    assert train.main(begun) == 0
+    assert train.main(["--resume", "--out", str(short), "--epochs", "3"]) == 0
+    assert (short / "scores.csv").read_text() == (run / "scores.csv").read_text()
+
+
+def test_a_run_is_never_overwritten(run, capsys) -> None:
+    before = (run / "metrics.json").read_bytes()
+    assert train.main([*DIGITS, "--out", str(run)]) == 2
+    assert "already holds a run" in one_line(capsys)
+    assert (run / "metrics.json").read_bytes() == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
+def test_interrupt_ends_with_130_and_a_run_that_resumes(run, tmp_path) -> None:
+    folder = tmp_path / "cut"
+    options = [*DIGITS, "--epochs", "100000", "--out", str(folder)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastalps.cli.train", *options],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    history = folder / "history.csv"
+    deadline = time.monotonic() + 120
+    while not history.exists() or len(rows_of(history)) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == command.INTERRUPTED
+    assert "stopped" in errors and "--resume" in errors and "Traceback" not in errors
+    # Nothing unfinished lies about, under a final name or another.
+    assert {p.name for p in folder.iterdir()} == {"config.yaml", "history.csv", CHECKPOINT}
+    epochs = len(rows_of(history))
+    assert train.main(["--resume", "--out", str(folder), "--epochs", str(epochs + 1)]) == 0
+    assert len(rows_of(history)) == epochs + 1
+
+
+def test_score_images(run, tmp_path, capsys) -> None:
+    data = fastalps.data.load_images("digits", normal_class=3)
+    images = tmp_path / "images"
+    for i in range(12):
+        save(images / f"{i}.png", data.test[i, 0].numpy())
+    (images / ".DS_Store").write_bytes(b"x")
+    out = tmp_path / "scored"
+    assert score.main([str(run), str(images), "--out", str(out)]) == 0
+    expected = rows_of(run / "scores.csv")
+    kind = json.loads((run / "metrics.json").read_text())["chosen_score"]
+    for row, wanted in zip(rows_of(out / "scores.csv"), expected, strict=False):
+        assert float(row["score"]) == pytest.approx(float(wanted[kind]), rel=1e-4)
+        assert row["flagged"] == wanted["flagged"]
+    assert {p.name for p in out.iterdir()} == {"scores.csv", "timeline.png", "summary.json"}
+    summary = json.loads((out / "summary.json").read_text())["metrics"]
+    assert summary["images"] == 12 and "held-out normal images" in summary["threshold_means"]
+    assert "images/s" in capsys.readouterr().out
+    # One image, by the file of the model, with a threshold of one's own.
+    lone = [str(run / "model.safetensors"), str(images / "3.png"), "--out", str(tmp_path / "one")]
+    assert score.main([*lone, "--threshold", "0"]) == 0
+    assert [row["flagged"] for row in rows_of(tmp_path / "one" / "scores.csv")] == ["1"]
+
+
+def test_folder_of_images(tmp_path, rng) -> None:
+    for name, low in (("good", 0), ("bad", 180)):
+        for i, image in enumerate(bytes_of((30, 12, 10), rng, 70)):
+            save(tmp_path / name / f"{i}.png", image + np.uint8(low))
+    base = ["--dataset", "folder", "--root", str(tmp_path), *QUICK, "--target-fpr", "0.2"]
+    assert train.main([*base, "--out", str(tmp_path / "run")]) == 0
+    record = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert record["model"]["image_size"] == [12, 10]
+    assert record["metrics"]["reported"]["auroc"] > 0.9
+    # Without anomalies there is nothing to compare with, yet a model and a threshold.
+    for path in (tmp_path / "bad").iterdir():
+        path.unlink()
+    (tmp_path / "bad").rmdir()
+    alone = [*base, "--protocol", "strict", "--image-size", "8", "--out", str(tmp_path / "alone")]
+    assert train.main(alone) == 0
+    record = json.loads((tmp_path / "alone" / "metrics.json").read_text())
+    assert record["metrics"]["reported"]["auroc"] is None
+    assert record["metrics"]["threshold"]["false_positive_rate"] is not None
+
+
+def test_demo(tmp_path, capsys, monkeypatch) -> None:
+    def brief(arguments):
+        train.train([*arguments, "--epochs", "2"])
+
+    monkeypatch.setattr(demo, "train", brief)
+    monkeypatch.setattr(demo, "SCORED_IMAGES", 400)
+    for _ in range(2):
+        assert demo.main(["--out", str(tmp_path / "demo")]) == 0
+    assert "AUROC" in capsys.readouterr().out
+    assert (tmp_path / "demo-2" / "figures" / "roc.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "digits"], "choose the normal class"),
+        (["--dataset", "digits", "--normal-class", "ten"], "has no class 'ten'"),
+        (["--dataset", "cats"], "dataset must be one of digits"),
+        (["--dataset", "mnist"], "needs root"),
+        (["--dataset", "ucsd-ped2"], "needs --root"),
+        (["--dataset", "mnist", "--normal-class", "1", "--root", "nowhere"], "needs the file"),
+        ([*DIGITS, "--preset", "huge"], "preset: expected one of paper"),
+        ([*DIGITS, "--epochs", "none"], "epochs"),
+        ([*DIGITS, "--epochs", "0"], "epochs: expected an integer of at least 1"),
+        ([*DIGITS, "--epoch", "1"], "--epoch"),
+        ([*DIGITS, "--target-fpr", "2"], "target_fpr must be between 0 and 1"),
+        ([*DIGITS, "--device", "cuda:99"], "device: cuda:99 is not here"),
+        ([*DIGITS, "--select", "auroc", "--protocol", "strict"], "needs anomalies"),
+        ([*DIGITS, "--resume"], "holds no run to resume"),
+        ([*DIGITS, "--config", "absent.yaml"], "absent.yaml"),
+        (["--dataset", "folder", "--root", "nowhere"], "nowhere"),
+        (["--dataset", "folder", "--root", ".", "--normal-class", "1"], "does not apply"),
+    ],
+)
+def test_bad_training(tmp_path, monkeypatch, capsys, arguments, message) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train.main([*arguments, "--out", "run"]) == 2
+    assert message in one_line(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_output_folder(tmp_path, capsys) -> None:
+    assert train.main(DIGITS) == 2
+    assert "out" in one_line(capsys)
+    (tmp_path / "file").write_text("x")
+    assert train.main([*DIGITS, "--out", str(tmp_path / "file" / "run")]) == 2
+    assert "cannot create the folder" in one_line(capsys)
+
+
+def test_broken_configuration(tmp_path, capsys) -> None:
+    for text, message in (("epochs: [1\n", "config"), ("epoch: 1\n", "'epoch' is not accepted")):
+        (tmp_path / "bad.yaml").write_text(text)
+        arguments = ["--config", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "run")]
+        assert train.main(arguments) == 2
+        assert message in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder, run: ["absent", "x"], "there is no run absent"),
+        (lambda folder, run: [str(folder), "x"], "holds no model.safetensors"),
+        (lambda folder, run: [str(run), "absent"], "does not exist"),
+        (lambda folder, run: [str(run), str(folder)], "no images"),
+        (lambda folder, run: [str(foreign(folder)), "x"], "not a readable safetensors file"),
+        (lambda folder, run: [str(run / CHECKPOINT), "x"], "expected a fastalps-model file"),
+        (lambda folder, run: [str(run), str(truncated(folder))], "cut.png"),
+        (lambda folder, run: [str(run), "x", "--precision", "fp7"], "precision must be one of"),
+        (lambda folder, run: [str(run), "x", "--device", "cuda:99"], "cuda:99"),
+        (
+            lambda folder, run: [str(run), "x", "--threshold", "nan"],
+            "threshold: Expected a <class 'float'> or null. Got value: nan",
+        ),
+    ],
+)
+def test_bad_scoring(run, tmp_path, capsys, make, message) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    assert score.main([*make(source, run), "--out", str(out)]) == 2
+    assert message in one_line(capsys)
+    assert not out.exists() or not list(out.iterdir())
+
+
+def foreign(folder: Path) -> Path:
+    path = folder / "model.safetensors"
+    path.write_bytes(b"\x80\x04not a model")
+    return path
+
+
+def truncated(folder: Path) -> Path:
+    save(folder / "whole.png", np.arange(64, dtype=np.uint8).reshape(8, 8))
+    content = (folder / "whole.png").read_bytes()
+    (folder / "cut.png").write_bytes(content[: len(content) // 2])
+    return folder
+
+
+@pytest.mark.skipif(os.geteuid() == 0 if hasattr(os, "geteuid") else True, reason="root may write")
+def test_read_only_folder(tmp_path, capsys) -> None:
+    tmp_path.chmod(0o500)
+    assert train.main([*DIGITS, "--out", str(tmp_path / "run")]) == 2
+    assert "cannot create the folder" in one_line(capsys)
+
+
+def test_full_disk(tmp_path, capsys, monkeypatch) -> None:
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert train.main([*DIGITS, "--out", str(tmp_path / "run")]) == 2
+    assert "No space left on device" in one_line(capsys)
+    assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize("module", ["train", "score", "demo"])
+def test_help_teaches(module) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"fastalps.cli.{module}", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "--out" in done.stdout and not done.stderr
