@@ -5,7 +5,7 @@ VENV ?= .venv
 # works, such as TORCH="torch==2.10.0".
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
-SOURCES = setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+SOURCES = setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
 .PHONY: help setup demo test bench bench-ops gpu-check lint types clean
 
@@ -50,7 +50,7 @@ gpu-check:
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cpu/*.inl csrc/cuda/*)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp csrc/cpu/*.inl csrc/cuda/*)
 
 types: setup
 	$(BIN)/mypy

@@ -1,8 +1,9 @@
-"""Builds the compiled kernels: C++ always, CUDA where nvcc is found.
+"""Builds the compiled kernels: C++ always, CUDA where nvcc and a CUDA build of torch are found.
 
 Environment:
-    FASTALPS_CUDA         1: build the CUDA library, and fail if that fails; 0: never; unset: build it
-                          where nvcc is found, and go on without it if that fails.
+    FASTALPS_CUDA         1: build the CUDA library whatever torch is installed, and fail if that
+                          fails; 0: never; unset: build it where the installed torch was built with
+                          CUDA and nvcc is found, and go on without it if that fails.
     TORCH_CUDA_ARCH_LIST  architectures, such as "8.0;9.0+PTX".
     CXX, CUDA_HOME        the C++ compiler; the CUDA toolkit.
 
@@ -12,6 +13,7 @@ package: `python -m fastalps` shows it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -61,15 +63,39 @@ def nvcc() -> str | None:
     return None
 
 
-def torch_folders() -> tuple[Path, Path]:
-    """(headers, libraries) of the installed torch."""
+def cuda_folders(compiler: str) -> tuple[list[Path], list[Path]]:
+    """(headers, libraries) of nvcc's toolkit, as nvcc itself names them: it may be a wrapper."""
+    command = [compiler, "--dryrun", "-E", "-x", "cu", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    found = [
+        [
+            Path(folder).resolve()
+            for line in re.findall(names, said)
+            for folder in re.findall(flag, line)
+        ]
+        for names, flag in (
+            (r"#\$ (?:SYSTEM_)?INCLUDES=(.*)", r'"-I([^"]+)"'),
+            (r"#\$ LIBRARIES=(.*)", r'"-L([^"]+)"'),
+        )
+    ]
+    if not all(found):
+        raise BuildFailure(f"{compiler} --dryrun does not name its toolkit's folders")
+    return found[0], found[1]
+
+
+def installed_torch():
     try:
         import torch
     except ImportError as error:
         raise BuildFailure(
             "torch is not installed in this environment (install it first)"
         ) from error
-    folder = Path(torch.__file__).parent
+    return torch
+
+
+def torch_folders() -> tuple[Path, Path]:
+    """(headers, libraries) of the installed torch."""
+    folder = Path(installed_torch().__file__).parent
     return folder / "include", folder / "lib"
 
 
@@ -98,7 +124,13 @@ class Plan:
     def __init__(self, name: str) -> None:
         self.library = BUILD / (name + SUFFIX)
         self.objects: list[Path] = []
-        self.lines = ["rule command", "  command = $command", "  depfile = $out.d", "  deps = gcc"]
+        self.lines = [
+            f"builddir = {BUILD}",
+            "rule command",
+            "  command = $command",
+            "  depfile = $out.d",
+            "  deps = gcc",
+        ]
         self.lines += ["rule link", "  command = $command"]
 
     def _edge(self, rule: str, output: Path, inputs: list[Path], command: list[str]) -> None:
@@ -132,6 +164,7 @@ class Plan:
         done = subprocess.run(
             [ninja, "-f", str(script)], capture_output=True, text=True, check=False
         )
+        self.library.with_suffix(".log").write_text(done.stdout + done.stderr, encoding="utf-8")
         if done.returncode:
             print(done.stdout + done.stderr, file=sys.stderr)
             wrong = re.search(r"^.*\berror\b.*$", done.stdout, re.MULTILINE)
@@ -139,11 +172,16 @@ class Plan:
         return self.library
 
 
-def shared_flags(libraries: Path) -> list[str]:
-    flags = [f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-lc10"]
+def shared_flags(libraries: Path, device: str = "cpu") -> list[str]:
     if sys.platform == "darwin":
-        return ["-dynamiclib", "-undefined", "dynamic_lookup", *flags]
-    return ["-shared", "-Wl,--as-needed", *flags]
+        return ["-dynamiclib", "-undefined", "dynamic_lookup", f"-L{libraries}", "-ltorch_cpu"]
+    flags = ["-shared", f"-L{libraries}"]
+    if device == "cuda":
+        # libtorch defines nothing, but needs libtorch_cuda where torch has CUDA: naming it binds
+        # the CUDA symbols there even if the link was made against a CPU build.
+        flags += ["-Wl,--no-as-needed", "-ltorch"]
+        flags += ["-ltorch_cuda"] if (libraries / f"libtorch_cuda{SUFFIX}").exists() else []
+    return [*flags, "-Wl,--as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
 
 
 def build_cpu() -> Path:
@@ -159,31 +197,41 @@ def build_cpu() -> Path:
     return plan.run([compiler, *shared_flags(libraries)])
 
 
-def build_cuda() -> Path:
+def build_cuda(report: bool = False) -> Path:
+    """Builds the CUDA library; with `report`, ptxas's account of registers is in the log."""
     compiler = nvcc()
     if compiler is None:
         raise BuildFailure("nvcc was not found (install the CUDA toolkit, or set CUDA_HOME)")
     host, (headers, libraries) = cxx(), torch_folders()
-    toolkit = Path(compiler).resolve().parents[1]
-    device = [
-        compiler,
-        "-ccbin",
-        host,
-        "-std=c++20",
-        "-O3",
-        "-Xcompiler",
-        "-fPIC,-fvisibility=hidden",
-    ]
-    device += ["-lineinfo", "-Icsrc", *architectures(compiler)]
+    toolkit_headers, toolkit_libraries = cuda_folders(compiler)
+    device = [compiler, "-ccbin", host, "-std=c++20", "-O3", "-lineinfo", "-Icsrc"]
+    device += ["-Xcompiler", "-fPIC,-fvisibility=hidden", *architectures(compiler)]
+    device += ["-Xptxas", "-v"] if report else []
     plan = Plan("fastalps_cuda")
-    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+    # The largest first: it takes longer than all others on the remaining cores.
+    sources = (ROOT / "csrc/cuda").glob("*.cu")
+    for source in sorted(sources, key=lambda path: "squared_error" not in path.name):
         plan.compile(source, device)
-    include = [f"-isystem{headers}", f"-isystem{toolkit / 'include'}", "-Icsrc"]
-    flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DUSE_CUDA", TARGET]
-    plan.compile(ROOT / "csrc/bindings_cuda.cpp", [host, *flags, *include])
-    folders = [toolkit / name for name in ("lib64", "targets/x86_64-linux/lib", "lib/x64")]
-    runtime = [f"-L{folder}" for folder in folders if folder.is_dir()]
-    return plan.run([host, *shared_flags(libraries), *runtime, "-lcudart_static", "-ldl", "-lrt"])
+    flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-DUSE_CUDA", TARGET]
+    include = [f"-isystem{folder}" for folder in (headers, *toolkit_headers)]
+    plan.compile(ROOT / "csrc/bindings_cuda.cpp", [host, *flags, *include, "-Icsrc"])
+    runtime = [f"-L{folder}" for folder in toolkit_libraries]
+    runtime += ["-lcudart_static", "-lpthread", "-ldl", "-lrt"]
+    return plan.run([host, *shared_flags(libraries, "cuda"), *runtime])
+
+
+def cuda_declined() -> str | None:
+    """Why the CUDA library is not even tried, or None."""
+    wish = os.environ.get("FASTALPS_CUDA", "")
+    if wish == "0":
+        return "FASTALPS_CUDA=0 turned it off when it was installed"
+    with contextlib.suppress(BuildFailure):  # Without torch, the build itself says so.
+        if wish != "1" and installed_torch().version.cuda is None:
+            return (
+                "the installed torch is a CPU build, under which CUDA kernels cannot run; "
+                "FASTALPS_CUDA=1 builds them all the same"
+            )
+    return None
 
 
 class BuildNative(build_ext):
@@ -194,13 +242,11 @@ class BuildNative(build_ext):
         folder = package / "lib"
         folder.mkdir(parents=True, exist_ok=True)
         self.place(folder, "fastalps_cpu", build_cpu, required=False)
-        wish = os.environ.get("FASTALPS_CUDA", "")
-        if wish == "0":
-            self.note(
-                folder, "fastalps_cuda", "FASTALPS_CUDA=0 turned it off when it was installed"
-            )
+        if reason := cuda_declined():
+            self.note(folder, "fastalps_cuda", reason)
         else:
-            self.place(folder, "fastalps_cuda", build_cuda, required=wish == "1")
+            required = os.environ.get("FASTALPS_CUDA") == "1"
+            self.place(folder, "fastalps_cuda", build_cuda, required)
 
     def note(self, folder: Path, name: str, reason: str) -> None:
         (folder / (name + SUFFIX)).unlink(missing_ok=True)
@@ -235,7 +281,8 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(
-    ext_modules=[Extension("fastalps.lib", sources=[])],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("fastalps.lib", sources=[])],
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
+    )

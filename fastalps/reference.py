@@ -223,7 +223,9 @@ def active_patches(
     index = _pixel_indices((height, width), patch_size, stride, cover, frames.device)
     difference = (frames.to(torch.int16) - background.to(torch.int16)).abs()
     total = difference.reshape(n, height * width)[:, index].sum(2, dtype=torch.int64)
-    kept = (total > math.floor(threshold * patch_size[0] * patch_size[1])).nonzero().contiguous()
+    # No sum exceeds 255 a pixel; beyond int64, a limit could not be compared.
+    limit = math.floor(min(threshold, 255.0) * patch_size[0] * patch_size[1])
+    kept = (total > limit).nonzero().contiguous()
     pixels = frames.reshape(n, height * width)[kept[:, :1], index[kept[:, 1]]]
     patches = (pixels.to(torch.float32) * scale + shift).to(dtype)
     return patches.reshape(kept.shape[0], 1, patch_size[0], patch_size[1]), kept

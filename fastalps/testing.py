@@ -20,6 +20,21 @@ TOLERANCE: dict[torch.dtype, dict[str, float]] = {
     torch.int64: {"rtol": 0.0, "atol": 0.0},
 }
 
+# How far the error of a whole network may be from float64, relative to it, by the dtype of weights
+# and activations.
+SCORE_ERROR: dict[torch.dtype, float] = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def tolerance(dtype: torch.dtype, device: str = "cpu", factor: float = 1.0) -> dict[str, float]:
+    """`TOLERANCE` of results of `dtype` computed on `device`, times `factor`.
+
+    Exponentials and quotients of CUDA devices are within a few units in the last place, not one.
+    """
+    allowed = {name: value * factor for name, value in TOLERANCE[dtype].items()}
+    if device == "cuda" and dtype == torch.float32:
+        allowed["rtol"] *= 5
+    return allowed
+
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
@@ -126,3 +141,35 @@ def sample_inputs(op: str, generator: torch.Generator) -> Iterator[tuple[Any, ..
         yield (last, target.contiguous(memory_format=torch.channels_last))
         yield (last, target)
         yield (values[:, :1].expand(-1, 3, -1, -1), target)
+
+
+def realistic_inputs(op: str, generator: torch.Generator) -> tuple[Any, ...]:
+    """Arguments of the sizes that the raw op `op` is for: 240x360 frames in 30x30 patches, 28x28
+    images."""
+    grid = ((30, 30), (20, 20), True)
+    if op == "tile_patches":
+        frames = torch.randn(16, 1, 240, 360, generator=generator)
+        return (frames, *grid, torch.bfloat16, 1 / 255, 0.0)
+    if op == "fold_scores":
+        return (torch.rand(64, 12 * 18, generator=generator), (240, 360), *grid, True)
+    if op == "perturb_latent":
+        return (*(torch.randn(4096, 128, generator=generator) for _ in range(2)), 0.5)
+    if op == "active_patches":
+        frames = _random((16, 240, 360), torch.uint8, generator)
+        return (frames, frames[0].clone(), *grid, torch.float32, 1 / 255, 0.0, 85.0)
+    count = 4096 if op.startswith("paired") else 2048
+    target = torch.rand(2048, 1, 28, 28, generator=generator)
+    return torch.randn(count, 1, 28, 28, generator=generator), target
+
+
+def to_device(arguments: tuple[Any, ...], device: str) -> tuple[Any, ...]:
+    """The arguments on `device` ("cpu" or "cuda") with the strides that they have."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        memory = tensor.new_empty(0).set_(tensor.untyped_storage()).to(device)
+        return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    return tuple(
+        moved(value) if isinstance(value, Tensor) and value.device.type != device else value
+        for value in arguments
+    )

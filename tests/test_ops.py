@@ -1,4 +1,7 @@
-"""Every implementation of every op against the float64 reference: the one place they meet."""
+"""The ops as users call them: gradients of the reference, compilers, validation, backends.
+
+What each kernel computes is tested in test_kernels.py.
+"""
 
 from __future__ import annotations
 
@@ -10,112 +13,19 @@ from torch import Tensor
 
 import fastalps
 from fastalps import backends, ops, reference
-from fastalps.testing import TOLERANCE, poisoned, sample_inputs
+from fastalps.testing import sample_inputs
 
 FORWARD = [name for name in ops.SCHEMAS if not name.endswith("_backward")]
 DIFFERENTIABLE = [name for name in FORWARD if name != "active_patches"]
 LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
-IMPLEMENTATIONS = ["reference", "native"]
-
-
-def _raw(op: str, implementation: str):
-    if implementation == "reference":
-        return getattr(reference, op)
-    state = backends.load_native("cpu")
-    if not state.available:
-        pytest.skip(state.reason)
-    return getattr(torch.ops.fastalps, op).default
-
-
-def _exact(argument):
-    if isinstance(argument, Tensor) and argument.is_floating_point():
-        return argument.double()
-    return torch.float64 if isinstance(argument, torch.dtype) else argument
 
 
 def _outputs(result) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-def _close(actual: Tensor, exact: Tensor, dtype: torch.dtype, factor: float = 1.0) -> None:
-    tolerance = {name: value * factor for name, value in TOLERANCE[dtype].items()}
-    torch.testing.assert_close(actual.double(), exact.double(), **tolerance, equal_nan=True)
-
-
-def _precision(dtype: torch.dtype, arguments: tuple) -> torch.dtype:
-    """The dtype that bounds the error: float64 results of other inputs are computed in float32."""
-    if dtype == torch.float64 and arguments[0].dtype != torch.float64:
-        return torch.float32
-    return dtype
-
-
 def test_every_op_has_a_reference() -> None:
     assert set(backends.OPS) == set(ops.SCHEMAS)
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("op", FORWARD)
-def test_values(op: str, implementation: str, rng: torch.Generator) -> None:
-    run = _raw(op, implementation)
-    cases = 0
-    for arguments in sample_inputs(op, rng):
-        with poisoned():
-            actual = _outputs(run(*arguments))
-        expected = _outputs(getattr(reference, op)(*map(_exact, arguments)))
-        # The energy and the errors are float32 whatever goes in.
-        fakes = _outputs(getattr(reference, op)(*arguments))
-        for one, exact, like in zip(actual, expected, fakes, strict=True):
-            assert one.dtype == like.dtype and one.shape == like.shape and one.is_contiguous()
-            _close(one, exact, _precision(one.dtype, arguments))
-        cases += 1
-    assert cases > 10
-
-
-@pytest.mark.parametrize("op", DIFFERENTIABLE)
-def test_gradients(op: str, rng: torch.Generator) -> None:
-    run = _raw(op, "native")
-    for arguments in sample_inputs(op, rng):
-        if arguments[0].dtype == torch.uint8 or (op == "fold_scores" and arguments[-1]):
-            continue  # pixels have no gradient; of tied maxima see below
-        given = [
-            a.clone(memory_format=torch.preserve_format).requires_grad_()
-            if isinstance(a, Tensor)
-            else a
-            for a in arguments
-        ]
-        exact = [
-            _exact(a.detach()).requires_grad_() if isinstance(a, Tensor) else _exact(a)
-            for a in given
-        ]
-        actual = _outputs(run(*given))
-        expected = _outputs(getattr(reference, op)(*exact))
-        weights = [torch.randn(one.shape, generator=rng) for one in actual]
-        with poisoned():
-            sum(
-                (one * w.to(one.dtype)).sum() for one, w in zip(actual, weights, strict=True)
-            ).backward()
-        # The weights as the half-precision outputs saw them.
-        sum(
-            (one * w.to(like.dtype).double()).sum()
-            for one, like, w in zip(expected, actual, weights, strict=True)
-        ).backward()
-        for mine, true in zip(given, exact, strict=True):
-            if isinstance(mine, Tensor):
-                assert mine.grad is not None and mine.grad.dtype == mine.dtype
-                # float64 gradients pass through the float32 result of the op.
-                dtype = torch.float32 if mine.dtype == torch.float64 else mine.dtype
-                _close(mine.grad, true.grad, dtype, factor=8.0)
-
-
-def test_first_of_tied_maxima_has_the_gradient(rng: torch.Generator) -> None:
-    run = _raw("fold_scores_backward", "native")
-    for scores, size, *rest, maximum in sample_inputs("fold_scores", rng):
-        scores = (scores * 2).round()  # many ties
-        grad = torch.randn(scores.shape[0], *size, generator=rng)
-        with poisoned():
-            actual = run(grad, scores, *rest, maximum)
-        exact = reference.fold_scores_backward(grad.double(), scores.double(), *rest, maximum)
-        _close(actual, exact, torch.float32 if scores.dtype == torch.float64 else scores.dtype, 8.0)
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
@@ -136,27 +46,6 @@ def test_reference_gradcheck(op: str, rng: torch.Generator) -> None:
         if checked == 3:
             break
     assert checked
-
-
-@pytest.mark.parametrize("op", FORWARD)
-def test_opcheck(op: str, rng: torch.Generator) -> None:
-    backends.load_native("cpu")
-    overload = getattr(torch.ops.fastalps, op).default
-    picked: dict[tuple, tuple] = {}
-    for arguments in sample_inputs(op, rng):
-        key = tuple(a.dtype for a in arguments if isinstance(a, Tensor))
-        if arguments[0].numel() < 40000:
-            picked.setdefault(
-                (*key, arguments[0].numel() == 0, arguments[0].is_contiguous()), arguments
-            )
-    for arguments in list(picked.values())[:8]:
-        torch.library.opcheck(overload, arguments)
-        if op in DIFFERENTIABLE and arguments[0].is_floating_point():
-            inputs = tuple(
-                a.detach().clone().requires_grad_() if isinstance(a, Tensor) else a
-                for a in arguments
-            )
-            torch.library.opcheck(overload, inputs)
 
 
 def _public_calls(rng: torch.Generator):
@@ -236,41 +125,6 @@ def test_patches_are_the_frames_pixels(rng: torch.Generator) -> None:
             assert torch.equal(patches[:, r * len(columns) + c], cut)
 
 
-def test_nan_and_infinity_propagate() -> None:
-    values = torch.zeros(3, 50)
-    values[1, 7] = math.nan
-    values[2, 49] = math.inf
-    for op in (ops.per_sample_mse, ops.sigmoid_mse):
-        errors = op(values, torch.zeros(3, 50))
-        assert errors[0].isfinite() and errors[1].isnan()
-    assert ops.per_sample_mse(values, torch.zeros(3, 50))[2].isinf()
-    for reduce in ("mean", "max"):
-        heat = ops.fold_scores(values[:, :4], (4, 4), 2, reduce=reduce)
-        assert torch.equal(
-            heat.isnan(), ops.fold_scores(values[:, :4].isnan() * 1.0, (4, 4), 2) > 0
-        )
-    assert ops.perturb_latent(values, values)[1][1].isnan()
-
-
-def test_sigmoid_extremes() -> None:
-    logits = torch.tensor(
-        [[-1e30, -200.0, -88.0, -1e-8, 0.0, 30.0, 88.0, 1e30, math.inf, -math.inf]]
-    )
-    for value in logits.T:
-        error = ops.sigmoid_mse(value[None], torch.zeros(1, 1))
-        torch.testing.assert_close(error, value.sigmoid().square(), rtol=1e-6, atol=1e-37)
-
-
-def test_half_conversions_are_exact() -> None:
-    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
-    for dtype in (torch.float16, torch.bfloat16):
-        values = bits.view(dtype)
-        latent = values[None]
-        result, _ = ops.perturb_latent(latent, torch.zeros_like(latent), 1.0)
-        expected = (latent.float() + 0.0).to(dtype)
-        torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
-
-
 def test_results_do_not_depend_on_threads(rng: torch.Generator) -> None:
     values = torch.randn(2, 300001, generator=rng)
     before = torch.get_num_threads()
@@ -280,31 +134,6 @@ def test_results_do_not_depend_on_threads(rng: torch.Generator) -> None:
         results.append(ops.sigmoid_mse(values, values.flip(0)))
     torch.set_num_threads(before)
     assert torch.equal(*results)
-
-
-def _available_gigabytes() -> float:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            fields = dict(line.split(":") for line in lines)
-        return int(fields["MemAvailable"].split()[0]) / 2**20
-    except OSError:
-        return 0.0
-
-
-def test_more_than_2_31_elements() -> None:
-    if _available_gigabytes() < 10:
-        pytest.skip("needs 10 GB of free memory")
-    side = 46400
-    frames = torch.zeros(1, side, side, dtype=torch.uint8)
-    frames[0, -1, -1] = 200
-    patches = ops.tile_patches(frames, side, dtype=torch.float16, scale=1.0).view(1, -1)
-    assert patches.shape[1] > 2**31 and patches[0, -2:].tolist() == [0, 200]
-    del frames
-    error = ops.per_sample_mse(patches, patches.view(1, -1))
-    assert error.item() == 0
-    patches[0, 0] = 100
-    _, energy = ops.perturb_latent(patches, patches, 1.0)
-    torch.testing.assert_close(energy.double(), torch.tensor([5e4 / side**2]).double())
 
 
 BAD = [

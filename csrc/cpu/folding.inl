@@ -107,7 +107,6 @@ void fold_scores_backward_of(const FoldBackwardArguments& a, int64_t begin, int6
 }
 
 void fold_scores_backward(const FoldBackwardArguments& a, int64_t begin, int64_t end) {
-  with_floating(a.type, [&](auto t) {
-    fold_scores_backward_of<typename decltype(t)::type>(a, begin, end);
-  });
+  with_floating(
+      a.type, [&](auto t) { fold_scores_backward_of<typename decltype(t)::type>(a, begin, end); });
 }

@@ -4,22 +4,9 @@
 
 #include <cstdint>
 
+#include "../dtype.h"
+
 namespace fastalps {
-
-enum class DType : int32_t { kUInt8, kFloat16, kBFloat16, kFloat32, kFloat64 };
-
-inline int64_t element_size(DType dtype) {
-  switch (dtype) {
-    case DType::kUInt8:
-      return 1;
-    case DType::kFloat32:
-      return 4;
-    case DType::kFloat64:
-      return 8;
-    default:
-      return 2;
-  }
-}
 
 // The patches along one axis. With `cover` the last one is moved back to the border.
 struct Axis {
@@ -158,14 +145,14 @@ struct ActivityArguments {
   int64_t strides[3];
   const uint8_t* background;  // contiguous
   Grid grid;
-  int64_t limit;  // a patch is active when its sum of absolute differences exceeds this
+  int64_t limit;    // a patch is active when its sum of absolute differences exceeds this
   uint8_t* active;  // (N, P)
 };
 
 // Tasks: k, one kept patch each.
 struct GatherArguments {
-  TileArguments tile;      // patches is (K, 1, ph, pw)
-  const int64_t* index;    // (K, 2)
+  TileArguments tile;    // patches is (K, 1, ph, pw)
+  const int64_t* index;  // (K, 2)
 };
 
 struct Kernels {

@@ -12,20 +12,28 @@ namespace {
 
 #include "vec.h"
 // The order matters: what a file uses stands before it.
+// clang-format off
 #include "squared_error.inl"
 #include "latent.inl"
 #include "tiling.inl"
 #include "folding.inl"
+// clang-format on
 
 }  // namespace
 
 extern const Kernels FASTALPS_TABLE;
 const Kernels FASTALPS_TABLE = {
-    FASTALPS_NAME,         tile_patches,  tile_patches_backward,
-    fold_scores,           fold_scores_backward,
-    perturb_latent,        perturb_latent_backward,
-    squared_error,         squared_error_backward,
-    activity,              gather,
+    FASTALPS_NAME,
+    tile_patches,
+    tile_patches_backward,
+    fold_scores,
+    fold_scores_backward,
+    perturb_latent,
+    perturb_latent_backward,
+    squared_error,
+    squared_error_backward,
+    activity,
+    gather,
 };
 
 }  // namespace fastalps

@@ -26,7 +26,8 @@ inline void sum_squares(const A* const* values, const B* target, int64_t count, 
       Vec value = load_lanes(values[s] + i, lanes);
       if (Sigmoid) value = sigmoid(value);
       Vec difference = value - goal;
-      if (Sigmoid && lanes < kLanes) {  // sigmoid(0) is not 0: the lanes past the end must not count
+      if (Sigmoid &&
+          lanes < kLanes) {  // sigmoid(0) is not 0: the lanes past the end must not count
         for (int lane = static_cast<int>(lanes); lane < kLanes; ++lane) difference[lane] = 0;
       }
       total[s][0] += difference * difference;
@@ -102,8 +103,7 @@ void squared_error(const SquaredErrorArguments& a, int64_t begin, int64_t end) {
 }
 
 template <typename A, typename B, bool Sigmoid>
-void squared_error_backward_of(const SquaredErrorBackwardArguments& a, int64_t begin,
-                               int64_t end) {
+void squared_error_backward_of(const SquaredErrorBackwardArguments& a, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
     const int64_t row = task / a.chunks, chunk = task % a.chunks;
     const int64_t first = chunk * a.chunk;

@@ -107,8 +107,8 @@ void gather(const GatherArguments& g, int64_t begin, int64_t end) {
       const int64_t n = g.index[2 * k], patch = g.index[2 * k + 1];
       const int64_t y = rows.origin(patch / columns.count);
       const int64_t x = columns.origin(patch % columns.count);
-      const In* origin = static_cast<const In*>(a.frames) + n * a.strides[0] + y * a.strides[2] +
-                         x * a.strides[3];
+      const In* origin =
+          static_cast<const In*>(a.frames) + n * a.strides[0] + y * a.strides[2] + x * a.strides[3];
       emit_patch(a, origin, static_cast<Out*>(a.patches) + k * elements);
     }
   });
@@ -196,9 +196,9 @@ void activity(const ActivityArguments& a, int64_t begin, int64_t end) {
       const int64_t x = columns.origin(c);
       int64_t total = 0;
       for (int64_t y = origin; y < origin + rows.patch; ++y) {
-        total += absolute_difference(
-            a.frames + n * a.strides[0] + y * a.strides[1] + x * a.strides[2], a.strides[2],
-            a.background + y * columns.size + x, columns.patch);
+        total +=
+            absolute_difference(a.frames + n * a.strides[0] + y * a.strides[1] + x * a.strides[2],
+                                a.strides[2], a.background + y * columns.size + x, columns.patch);
       }
       a.active[task * columns.count + c] = total > a.limit;
     }
