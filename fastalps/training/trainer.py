@@ -8,6 +8,7 @@ import io
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ logger = logging.getLogger("fastalps")
 
 CHECKPOINT = "checkpoint.safetensors"
 HISTORY = "history.csv"
+# Between two lines of progress where there is no terminal.
+REPORT_SECONDS = 10.0
 COLUMNS = (
     "epoch",
     "normal_error",
@@ -83,7 +86,7 @@ class Trainer:
     Args:
         config: the options.
         run_dir: a folder for history.csv and the checkpoint; None: nothing is written.
-        progress: show a bar with the errors and the time left.
+        progress: show a bar with the errors and the time left; lines where there is no terminal.
 
     Raises:
         UserError: `run_dir` cannot be written.
@@ -142,6 +145,7 @@ class Trainer:
         if resume:
             state = load_run(self._path(CHECKPOINT), steps, average, config, data)
         players = Players(steps)
+        report = 0.0
         with tqdm(
             total=config.epochs * len(batches),
             initial=state.epoch * len(batches),
@@ -157,6 +161,10 @@ class Trainer:
                 self._validate(state, model, validator, average, row)
                 bar.set_postfix_str(_summary(row))
                 last = state.stopped or state.epoch == config.epochs
+                if self.progress and bar.disable and (last or time.monotonic() > report):
+                    # No terminal to draw a bar on: a line now and then.
+                    print(f"{_summary(row)} (of {config.epochs})", file=sys.stderr, flush=True)
+                    report = time.monotonic() + REPORT_SECONDS
                 if self.run_dir is not None and (last or not state.epoch % config.checkpoint_every):
                     self._save(state, steps, average, data)
         model.load_state_dict(state.best_weights)
