@@ -24,6 +24,9 @@ from fastalps.models import ALPS, Decoder
 PRECISIONS = ("fp32", "bf16")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+# Sizes of batches that a CPU sees: a full one, and the smaller ones that a last one is padded to.
+BATCH_SIZES = 8
+
 # What a batch's network passes have to give.
 PASSES = ("normal", "perturbed", "both")
 
@@ -160,7 +163,13 @@ class LayerByLayer:
 
     def _batch(self, batch: Tensor, passes: str) -> Tensor:
         if self.device.type != "cuda":
-            return self.forward(batch, passes)
+            # Libraries prepare, and keep, a kernel for each size of batch that they meet; behind a
+            # motion gate every last batch has another. Padded, there are eight sizes.
+            count, step = batch.shape[0], -(-self.batch_size // BATCH_SIZES)
+            padding = -count % step
+            if padding:
+                batch = torch.cat([batch, batch.new_zeros(padding, *batch.shape[1:])])
+            return self.forward(batch, passes)[:, :count]
         if passes not in self._graphs:
             self._graphs[passes] = _Graph(self, batch.shape[1:], passes)
         return self._graphs[passes].replay(batch)

@@ -6,12 +6,14 @@ libraries only implement them. The default kernel of each op is the reference.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastalps import backends, reference
 
@@ -252,6 +254,21 @@ def _grid(
     edge: str,
 ) -> tuple[tuple[int, int], tuple[int, int], bool]:
     """Validated (patch_size, stride, cover) for frames of `frame_size`."""
+    if not torch.compiler.is_compiling():
+        # Frames of one video ask the same again and again.
+        try:
+            return _known_grid(tuple(frame_size), patch_size, stride, edge)
+        except TypeError:  # a list is no key, nor is a symbolic size
+            pass
+    return _checked_grid(frame_size, patch_size, stride, edge)
+
+
+def _checked_grid(
+    frame_size: Sequence[int],
+    patch_size: int | Sequence[int],
+    stride: int | Sequence[int] | None,
+    edge: str,
+) -> tuple[tuple[int, int], tuple[int, int], bool]:
     patch = _pair_of("patch_size", patch_size, 1)
     step = patch if stride is None else _pair_of("stride", stride, 1)
     if edge not in ("cover", "drop", "error"):
@@ -269,6 +286,10 @@ def _grid(
             f"divide a frame of {frame_size[0]}x{frame_size[1]}; use edge='cover' or 'drop'"
         )
     return patch, step, edge == "cover"
+
+
+# Keys are typed: True would pass for a 1 that was asked for before.
+_known_grid = functools.lru_cache(maxsize=256, typed=True)(_checked_grid)
 
 
 def _require_tensor(name: str, value: object) -> None:
@@ -295,7 +316,25 @@ def _require_same_device(first: str, a: Tensor, second: str, b: Tensor) -> None:
 
 
 def _call(name: str, device: torch.device, *arguments: Any) -> Any:
-    return backends.implementation(name, device.type)(*arguments)
+    run = backends.implementation(name, device.type)
+    if _differentiates(arguments):
+        return run(*arguments)
+    # Autograd's layer of Python in front of a custom op takes longer than a small op itself.
+    with torch._C._AutoDispatchBelowAutograd():
+        return run(*arguments)
+
+
+def _differentiates(arguments: Sequence[Any]) -> bool:
+    """Whether a gradient may be asked for, or a tracer or a transform must see the call whole."""
+    if (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.maybe_current_level() is not None
+    ):
+        return True
+    return torch.is_grad_enabled() and any(
+        isinstance(value, Tensor) and value.requires_grad for value in arguments
+    )
 
 
 # The public functions --------------------------------------------------------------------------

@@ -66,6 +66,8 @@ class FitResult:
         best_epoch: the epoch whose weights were kept.
         selection: what picked it: "auroc", "loss" or "last".
         score: the kind of score to use: picked with the epoch by "auroc", else "average".
+        last_weights: those of the last epoch (averaged, where `average_decay` is set), for who does
+            not want an epoch picked.
     """
 
     model: ALPS
@@ -73,6 +75,7 @@ class FitResult:
     best_epoch: int
     selection: str
     score: str
+    last_weights: dict[str, Tensor]
 
 
 class Trainer:
@@ -167,10 +170,14 @@ class Trainer:
                     report = time.monotonic() + REPORT_SECONDS
                 if self.run_dir is not None and (last or not state.epoch % config.checkpoint_every):
                     self._save(state, steps, average, data)
+        if average is not None:
+            average.swap()
+        last_weights = {name: value.clone() for name, value in model.state_dict().items()}
         model.load_state_dict(state.best_weights)
         model.eval()
+        best = state.best
         return FitResult(
-            model, state.history, state.best.epoch, validator.selection, state.best.kind
+            model, state.history, best.epoch, validator.selection, best.kind, last_weights
         )
 
     def _epoch(

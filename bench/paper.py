@@ -1,0 +1,155 @@
+"""The paper's tables I and III on real data, with our rows beside the paper's.
+
+Each class, seed and method is a cell: trained and tested once for both protocols, and kept as JSON
+under bench/results/quality/. Finished cells are never run again, and a run may be stopped at any
+moment: cells that had begun go on from their last checkpoint. Table I compares ALPS and
+scikit-learn's one-class detectors, table III a plain autoencoder, one with random latent noise, and
+ALPS, at equal budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# A checkout needs no installation.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from bench.quality import cells, tables
+from bench.quality.recipes import BASELINES, METHODS, RECIPES
+from fastalps.environment import usable_cores
+from fastalps.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results" / "quality"
+TABLE_METHODS = {1: ("alps", *BASELINES), 3: ("none", "noise", "alps")}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        self.exit(2, f"error: {message}; see --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="bench/paper.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--table", type=int, choices=tuple(TABLE_METHODS), default=1)
+    parser.add_argument("--dataset", choices=tuple(RECIPES), default="mnist")
+    parser.add_argument("--protocol", choices=cells.PROTOCOLS, default="paper", help="to print")
+    parser.add_argument("--classes", type=int, nargs="+", default=list(range(cells.CLASSES)))
+    parser.add_argument("--seeds", type=int, default=3, help="0, 1, ... so many")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="instead of the table's")
+    parser.add_argument("--jobs", type=int, default=usable_cores(), help="cells side by side")
+    parser.add_argument("--print-only", action="store_true", help="run nothing")
+    parser.add_argument("--quick", action="store_true", help="two epochs; the figures mean nothing")
+    parser.add_argument(
+        "--root",
+        type=Path,
+        default=ROOT.parent / "shared" / "data",
+        help="folder of the data sets (default: ../shared/data)",
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--scratch", type=Path, default=ROOT / "runs" / "quality")
+    # What the program calls itself with, one process a cell.
+    parser.add_argument(
+        "--cell", nargs=3, metavar=("CLASS", "SEED", "METHOD"), help=argparse.SUPPRESS
+    )
+    return parser
+
+
+def _run_cells(options: argparse.Namespace, wanted: Sequence[cells.Cell]) -> list[str]:
+    """Runs the cells, `jobs` at a time in processes of their own; returns the failures."""
+    waiting = [cell for cell in wanted if not cell.done(options.results)]
+    total, failures = len(waiting), []
+    running: dict[subprocess.Popen[bytes], cells.Cell] = {}
+    print(f"{len(wanted) - total} of {len(wanted)} cells are there; {total} to run", flush=True)
+    try:
+        while waiting or running:
+            while waiting and len(running) < options.jobs:
+                cell = waiting.pop(0)
+                running[_start(options, cell)] = cell
+            time.sleep(0.2)
+            for process in [p for p in running if p.poll() is not None]:
+                cell = running.pop(process)
+                if process.returncode:
+                    failures.append(cell.name)
+                record = cells.read(cell, options.results, options.protocol)
+                area = f"{100 * record['auroc']['reported']:.2f}%" if record else "failed"
+                left = len(waiting) + len(running)
+                print(f"{cell.name}: {area} ({left} of {total} left)", flush=True)
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+    return failures
+
+
+def _start(options: argparse.Namespace, cell: cells.Cell) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(Path(__file__).resolve()), "--dataset", cell.dataset]
+    command += ["--cell", str(cell.normal_class), str(cell.seed), cell.method]
+    for name in ("root", "results", "scratch"):
+        command += [f"--{name}", str(getattr(options, name))]
+    return subprocess.Popen(command + (["--quick"] if options.quick else []))
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.cell:
+        # Small networks: two cells on a core each beat one cell on two.
+        torch.set_num_threads(1)
+        cell = cells.Cell(
+            options.dataset, int(options.cell[0]), int(options.cell[1]), options.cell[2]
+        )
+        cells.run(cell, options.root, options.results, options.scratch, options.quick)
+        return 0
+    for value in options.classes:
+        if not 0 <= value < cells.CLASSES:
+            raise UserError(f"--classes: expected 0 to {cells.CLASSES - 1}, got {value}")
+    if options.seeds < 1 or options.jobs < 1:
+        raise UserError("--seeds and --jobs: expected numbers from 1 up")
+    methods = tuple(options.methods or TABLE_METHODS[options.table])
+    seeds = range(options.seeds)
+    wanted = [
+        cells.Cell(options.dataset, c, seed, method)
+        # A whole seed first: a table with one seed everywhere beats one with three somewhere.
+        for seed in seeds
+        for method in methods
+        for c in options.classes
+    ]
+    failures = [] if options.print_only else _run_cells(options, wanted)
+    print(f"\n{options.dataset}, protocol {options.protocol}, AUROC in %\n")
+    print(
+        "\n".join(
+            tables.table(
+                options.dataset, options.protocol, methods, options.classes, seeds, options.results
+            )
+        )
+    )
+    return 1 if failures else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
