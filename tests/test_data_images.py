@@ -39,13 +39,19 @@ def idx(array: np.ndarray) -> bytes:
 
 
 def write_idx_set(
-    folder: Path, rng: torch.Generator, *, zipped: bool = True, train: int = 400, test: int = 30
+    folder: Path,
+    rng: torch.Generator,
+    *,
+    zipped: bool = True,
+    train: int = 400,
+    test: int = 30,
+    size: tuple[int, int] = (7, 5),
 ) -> tuple[np.ndarray, np.ndarray]:
     folder.mkdir(parents=True, exist_ok=True)
     suffix, pack = (".gz", gzip.compress) if zipped else ("", bytes)
-    images = bytes_of((train, 7, 5), rng)
+    images = bytes_of((train, *size), rng)
     labels = (np.arange(train) % 10).astype(np.uint8)
-    contents = (images, labels, bytes_of((test, 7, 5), rng), bytes_of((test,), rng, 10))
+    contents = (images, labels, bytes_of((test, *size), rng), bytes_of((test,), rng, 10))
     for name, content in zip(NAMES, contents, strict=True):
         (folder / (name + suffix)).write_bytes(pack(idx(content)))
     return images, labels

@@ -1,0 +1,105 @@
+"""bench/paper.py: cells are run once, survive being stopped, and become tables."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import paper
+from bench.quality import cells, tables
+from bench.quality.cells import Cell
+from fastalps import metrics
+from tests.test_cli import rows_of
+from tests.test_data_images import write_idx_set
+
+SIZE = (12, 12)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, list[str]]:
+    """A folder in which two cells were run from a small data set, and the options that did it."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("paper")
+    write_idx_set(folder / "data" / "mnist", torch.Generator().manual_seed(1), size=SIZE)
+    options = ["--dataset", "mnist", "--classes", "3", "--seeds", "1", "--jobs", "2", "--quick"]
+    for name in ("data", "results", "scratch"):
+        options += [f"--{name.replace('data', 'root')}", str(folder / name)]
+    assert paper.main([*options, "--methods", "alps", "pca"]) == 0
+    return folder, options
+
+
+@pytest.mark.parametrize("protocol", cells.PROTOCOLS)
+def test_figures_follow_from_the_scores(finished, protocol) -> None:
+    folder, _ = finished
+    record = cells.read(Cell("mnist", 3, 0), folder / "results", protocol)
+    rows = rows_of(folder / "scratch" / "mnist-3-0" / f"scores-{protocol}.csv")
+    labels = [int(row["anomalous"]) for row in rows]
+    for kind in ("normal", "perturbed", "average"):
+        area = metrics.auroc([float(row[kind]) for row in rows], labels)
+        assert area == record["auroc"][kind]
+    assert record["auroc"]["reported"] == record["auroc"][record["score"]]
+    assert record["protocol"] == protocol and record["quick"]
+
+
+def test_strict_is_the_last_epoch_and_one_kind(finished) -> None:
+    record = cells.read(Cell("mnist", 3, 0), finished[0] / "results", "strict")
+    assert record["score"] == "average"
+    assert record["chosen_epoch"] == record["training"]["epochs"] == 2
+
+
+def test_finished_cells_are_not_run_again(finished, capfd) -> None:
+    folder, options = finished
+    before = {path: path.read_bytes() for path in (folder / "results").iterdir()}
+    assert len(before) == 4
+    assert paper.main([*options, "--methods", "alps", "pca"]) == 0
+    assert "0 to run" in capfd.readouterr().out
+    assert before == {path: path.read_bytes() for path in (folder / "results").iterdir()}
+
+
+def test_table_names_what_is_missing(finished, capsys) -> None:
+    _, options = finished
+    assert paper.main([*options, "--print-only", "--classes", "3", "4", "--table", "3"]) == 0
+    text = capsys.readouterr().out
+    assert "Missing cells: mnist-3-0-none, mnist-4-0-none, mnist-3-0-noise" in text
+    plain = next(line for line in text.splitlines() if line.startswith("| plain"))
+    assert plain == "| plain autoencoder | - | - | - | - | 0 |"
+
+
+def test_table_means_and_spread(tmp_path) -> None:
+    for c, seed, area in ((0, 0, 0.9), (0, 1, 0.8), (1, 0, 0.7), (1, 1, 0.6)):
+        record = {"auroc": dict.fromkeys(("reported", "normal", "perturbed", "average"), area)}
+        path = Cell("mnist", c, seed, "none").path(tmp_path, "paper")
+        path.write_text(json.dumps(record))
+    lines = tables.table("mnist", "paper", ["none"], [0, 1], [0, 1], tmp_path)
+    assert lines[2] == "| paper's ALPS | 99.68 | 99.92 | 99.80 |  |  |"
+    assert lines[3] == "| plain autoencoder | 85.00 | 65.00 | 75.00 | 7.07 | 2 |"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--classes", "10"], "expected 0 to 9"),
+        (["--seeds", "0"], "from 1 up"),
+        (["--table", "7"], "--table"),
+        (["--dataset", "cats"], "--dataset"),
+    ],
+)
+def test_bad_arguments(arguments, message) -> None:
+    done = subprocess.run(
+        [sys.executable, paper.__file__, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_failed_cell_is_told(tmp_path, capfd) -> None:
+    options = ["--classes", "1", "--seeds", "1", "--methods", "pca", "--root", str(tmp_path)]
+    options += ["--results", str(tmp_path / "r"), "--scratch", str(tmp_path / "s")]
+    assert paper.main(options) == 1
+    captured = capfd.readouterr()
+    assert "mnist-1-0-pca: failed" in captured.out
+    assert "Traceback" not in captured.err and "needs the file" in captured.err
