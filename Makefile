@@ -35,7 +35,7 @@ demo: setup
 	$(BIN)/python -m fastalps.cli.demo --out runs/demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: setup
 	$(BIN)/python bench/run.py --quick

@@ -12,7 +12,13 @@ import torch
 from PIL import Image
 
 from fastalps.cli import score, train
-from fastalps.data import load_ucsd, moving_patches, patch_task
+from fastalps.data import (
+    load_ucsd,
+    motion_frames,
+    moving_patches,
+    patch_task,
+    still_background,
+)
 from fastalps.errors import UserError
 from fastalps.gate import MotionGate, clip_background
 from tests.test_data_images import save
@@ -27,10 +33,11 @@ def street(tmp_path_factory) -> Path:
     return write_street(tmp_path_factory.mktemp("street"), torch.Generator().manual_seed(5))
 
 
-@pytest.fixture(scope="module")
-def run(street) -> Path:
-    folder = street.parent / "run"
-    assert train.main([*OPTIONS, "--root", str(street), "--out", str(folder)]) == 0
+@pytest.fixture(scope="module", params=["gray", "motion"])
+def run(request, street) -> Path:
+    folder = street.parent / f"run-{request.param}"
+    options = [*OPTIONS, "--frames", request.param, "--root", str(street)]
+    assert train.main([*options, "--out", str(folder)]) == 0
     return folder
 
 
@@ -56,6 +63,19 @@ def test_moving_patches_are_those_of_the_gate(street) -> None:
 
 def _tiles(frame: torch.Tensor) -> torch.Tensor:
     return frame[None].unfold(1, 10, 10).unfold(2, 10, 10).flatten(1, 2).float()
+
+
+def test_motion_frames_are_the_change_since_the_frame_before(rng) -> None:
+    frames = torch.randint(0, 256, (5, 6, 7), dtype=torch.uint8, generator=rng)
+    expected = 128 + frames[1:].int() - frames[:-1].int()
+    moved = motion_frames(frames)
+    assert torch.equal(moved[1:].int(), expected.clamp(0, 255))
+    assert (moved[0] == 128).all() and torch.equal(moved[0], still_background((6, 7)))
+    # In pieces, and by a view that is not contiguous.
+    pieces = [motion_frames(frames[:2]), motion_frames(frames[2:], frames[1])]
+    assert torch.equal(torch.cat(pieces), moved)
+    assert torch.equal(motion_frames(frames.mT).mT, moved)
+    assert motion_frames(frames[:0]).shape == (0, 6, 7)
 
 
 def test_task_holds_whole_clips_out(street) -> None:

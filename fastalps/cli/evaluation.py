@@ -27,6 +27,25 @@ EXAMPLES = 8
 
 
 @dataclass(frozen=True)
+class Video:
+    """What a model of patches is tested on.
+
+    Attributes:
+        frames: what the clips' frames show: "gray" or "motion".
+        held_out: normal clips that were not trained on.
+        test: clips with labels or masks.
+        gate: says which patches are looked at.
+        baseline: for each test clip the scores (T, P) of `protocols.motion_baseline`.
+    """
+
+    frames: str
+    held_out: Sequence[Clip]
+    test: Sequence[Clip]
+    gate: MotionGate
+    baseline: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What is written about a trained model.
 
@@ -101,15 +120,14 @@ def evaluate_images(
     return Evaluation(metrics, columns, rows, lines, calibration, draw)
 
 
-def evaluate_video(
-    fitted: FitResult, held_out: Sequence[Clip], test: Sequence[Clip], options: EvaluationOptions
-) -> Evaluation:
+def evaluate_video(fitted: FitResult, video: Video, options: EvaluationOptions) -> Evaluation:
     """Scores test clips, every patch of them; the threshold comes from the held-out normal clips,
     under the motion gate, as `fastalps-score` applies it."""
-    gate = MotionGate(options.gate_threshold)
+    gate, test, motion = video.gate, video.test, video.baseline
     settings: dict[str, Any] = {"frame_reduce": options.frame_reduce, "top_k": options.top_k}
     gated = Scorer(fitted.model, fitted.score, gate=gate, **settings)
-    calibration = gated.calibrate(held_out, options.target_fpr, level="frame")
+    calibration = gated.calibrate(video.held_out, options.target_fpr, level="frame")
+    calibration = replace(calibration, settings={**calibration.settings, "frames": video.frames})
     everything = Scorer(fitted.model, fitted.score, **settings)
     frames = sum(len(clip.frames) for clip in test)
     begin = time.perf_counter()
@@ -121,7 +139,6 @@ def evaluate_video(
         "kept": kept,
         "top_k": options.top_k,
     }
-    motion = protocols.motion_baseline(test, everything.patch_size)
     metrics: dict[str, Any] = {
         kind: protocols.evaluate_video([result[kind] for result in results], test, **cut)
         for kind in SCORE_KINDS
@@ -239,7 +256,10 @@ def _patch_examples(
         # A frame in eleven shows enough of a clip.
         part = slice(None, None, 11)
         thin = Clip(clip.name, clip.frames[part], None, clip.masks[part])
-        still = replace(gate, background=clip_background(clip.frames, gate.samples))
+        background = gate.background
+        if background is None:
+            background = clip_background(clip.frames, gate.samples)
+        still = replace(gate, background=background)
         keep = still.kept(thin.frames, patch_size)
         patches.append(moving_patches([thin], patch_size, still))
         labels.append(protocols.patch_labels(clip.masks[part], patch_size)[keep])

@@ -14,6 +14,7 @@ from fastalps.errors import UserError
 VIDEO_DATASETS = ("ucsd-ped1", "ucsd-ped2")
 IMAGE_DATASETS = ("digits", "mnist", "fashion-mnist", "folder")
 DATASETS = (*IMAGE_DATASETS, *VIDEO_DATASETS)
+FRAMES = ("gray", "motion")
 
 Options = TypeVar("Options")
 
@@ -33,6 +34,8 @@ class DataOptions:
         download: fetch missing files of mnist and fashion-mnist.
         image_size: resize the images of a folder to this many pixels in height and width; null =
             as stored.
+        frames: what patches of video show: gray (the pixels) or motion (their change since the
+            frame before; the motion gate then compares with no change, not with a background).
         cache: folder where decoded frames are kept, which makes the next read immediate; null =
             nowhere.
     """
@@ -42,11 +45,14 @@ class DataOptions:
     normal_class: str | None = None
     download: bool = False
     image_size: int | None = None
+    frames: str = "gray"
     cache: str | None = None
 
     def __post_init__(self) -> None:
         if self.dataset not in DATASETS:
             raise UserError(f"dataset must be one of {', '.join(DATASETS)}; got {self.dataset!r}")
+        if self.frames not in FRAMES:
+            raise UserError(f"frames must be one of {', '.join(FRAMES)}; got {self.frames!r}")
 
 
 @dataclass(frozen=True)

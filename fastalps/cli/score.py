@@ -20,7 +20,13 @@ from fastalps.checkpoint import Calibration
 from fastalps.cli import command, figures, run_folder
 from fastalps.cli.options import make_parser, parse, pick
 from fastalps.cli.overlays import Frame, draw_overlay
-from fastalps.data import IMAGE_SUFFIXES, iter_frames, read_images
+from fastalps.data import (
+    IMAGE_SUFFIXES,
+    iter_frames,
+    motion_frames,
+    read_images,
+    still_background,
+)
 from fastalps.data.frames import frame_sample
 from fastalps.errors import UserError
 from fastalps.files import make_folder
@@ -41,7 +47,8 @@ USAGE = """fastalps-score RUN INPUT --out DIR [options]
 DESCRIPTION = """Scores new data with a run of fastalps-train.
 
 RUN is the run's folder (or its model.safetensors). INPUT is, for a run on images, a folder of
-images (sub-folders too) or one image; for a run on video, a folder of the frames of one clip. DIR
+images (sub-folders too) or one image, resized to the model's size where they differ; for a run on
+video, a folder of the frames of one clip, of any size from a patch up. DIR
 gets scores.csv (name, score, flagged), timeline.png, summary.json and, for video, overlays/: the
 frames with the highest scores under their heatmaps. Flagged is what scores above the threshold that
 the run set on held-out normal data."""
@@ -169,16 +176,23 @@ def _score_frames(
             f"{source} is a file; give the folder of the clip's frames "
             f"({', '.join(IMAGE_SUFFIXES)})"
         )
+    moving = calibration.settings.get("frames") == "motion"
     if scorer.gate is not None:
-        # The whole clip's background from the start; a stream would have to learn it as it goes.
-        background = clip_background(frame_sample(source, CLIP_SAMPLES))
+        if moving:
+            size = frame_sample(source, 1).shape[1:]
+            background = still_background((size[0], size[1]))
+        else:
+            # The whole clip's from the start; a stream would have to learn it as it goes.
+            background = clip_background(frame_sample(source, CLIP_SAMPLES))
         scorer.gate = MotionGate(scorer.gate.threshold, background)
     scored = Scored([], [])
     worst: list[tuple[float, int, Frame]] = []
     threshold = calibration.threshold if options.threshold is None else options.threshold
+    before = None
     for frames, names in iter_frames(source, options.chunk):
         begin = time.perf_counter()
-        result = scorer.score_frames(frames)
+        result = scorer.score_frames(motion_frames(frames, before) if moving else frames)
+        before = frames[-1]
         scored.seconds += time.perf_counter() - begin
         scored.patches += result.patches.numel()
         scored.kept += result.patches.numel() if result.kept is None else int(result.kept.sum())

@@ -13,7 +13,7 @@ import torch
 
 from fastalps import environment
 from fastalps.cli import command, figures, run_folder
-from fastalps.cli.evaluation import Evaluation, evaluate_images, evaluate_video
+from fastalps.cli.evaluation import Evaluation, Video, evaluate_images, evaluate_video
 from fastalps.cli.options import (
     VIDEO_DATASETS,
     DataOptions,
@@ -24,11 +24,20 @@ from fastalps.cli.options import (
     parse,
     pick,
 )
-from fastalps.data import Clip, OneClassData, load_images, load_ucsd, patch_task
+from fastalps.data import (
+    Clip,
+    OneClassData,
+    load_images,
+    load_ucsd,
+    motion_frames,
+    patch_task,
+    still_background,
+)
 from fastalps.errors import UserError
 from fastalps.files import make_folder, write_text
 from fastalps.gate import MotionGate
 from fastalps.models import ALPS
+from fastalps.protocols import motion_baseline
 from fastalps.training import FitResult, TrainConfig, Trainer
 from fastalps.training.trainer import CHECKPOINT, choose_device
 
@@ -79,7 +88,7 @@ def train(arguments: Sequence[str]) -> None:
         # UCSD has no anomaly outside its test set: nothing but normal loss can pick an epoch.
         config = dataclasses.replace(config, protocol="strict")
 
-    data, held_out, test = _load(data_options, config, evaluation_options)
+    data, video = _load(data_options, config, evaluation_options)
     torch.manual_seed(config.seed)
     model = ALPS(
         tuple(data.train.shape[2:]),
@@ -105,10 +114,10 @@ def train(arguments: Sequence[str]) -> None:
     begin = time.perf_counter()
     fitted = _fit(model, data, config, folder, options.resume)
     seconds = time.perf_counter() - begin
-    if test is None:
+    if video is None:
         result = evaluate_images(fitted, data, evaluation_options)
     else:
-        result = evaluate_video(fitted, held_out, test, evaluation_options)
+        result = evaluate_video(fitted, video, evaluation_options)
     _write(folder, fitted, data, result, config, data_options, seconds)
     for line in result.lines:
         print(line)
@@ -137,8 +146,8 @@ def _with_stored_configuration(arguments: Sequence[str]) -> list[str]:
 
 def _load(
     options: DataOptions, config: TrainConfig, evaluation: EvaluationOptions
-) -> tuple[OneClassData, list[Clip], list[Clip] | None]:
-    """The task, the normal clips held out of it, and the test clips (None for images)."""
+) -> tuple[OneClassData, Video | None]:
+    """The task, and for video the clips to evaluate on."""
     if options.dataset in VIDEO_DATASETS:
         if options.root is None:
             raise UserError(
@@ -149,8 +158,14 @@ def _load(
         subset = options.dataset.removeprefix("ucsd-")
         clips = load_ucsd(options.root, subset, "train", cache=options.cache)
         test = load_ucsd(options.root, subset, "test", cache=options.cache)
+        baseline = motion_baseline(test, evaluation.patch_size)
         gate = MotionGate(evaluation.gate_threshold)
-        return (*patch_task(options.dataset, clips, evaluation.patch_size, gate), test)
+        if options.frames == "motion":
+            size = (clips[0].frames.shape[1], clips[0].frames.shape[2])
+            gate = MotionGate(evaluation.gate_threshold, still_background(size))
+            clips, test = _moving(clips), _moving(test)
+        task, held_out = patch_task(options.dataset, clips, evaluation.patch_size, gate)
+        return task, Video(options.frames, held_out, test, gate, baseline)
     if options.dataset == "folder" and options.root is not None:
         from fastalps.data import load_folder
 
@@ -165,7 +180,7 @@ def _load(
             protocol=config.protocol,
             seed=config.seed,
         )
-        return data, [], None
+        return data, None
     data = load_images(
         options.dataset,
         options.root,
@@ -174,7 +189,11 @@ def _load(
         seed=config.seed,
         download=options.download,
     )
-    return data, [], None
+    return data, None
+
+
+def _moving(clips: list[Clip]) -> list[Clip]:
+    return [dataclasses.replace(clip, frames=motion_frames(clip.frames)) for clip in clips]
 
 
 def _fit(
@@ -207,6 +226,7 @@ def _write(
         seed=config.seed,
         data=data.name,
         dataset=options.dataset,
+        frames=options.frames if options.dataset in VIDEO_DATASETS else None,
         model=dataclasses.asdict(fitted.model.config),
         parameters=sum(p.numel() for p in fitted.model.parameters()),
         flops_per_image=fitted.model.flops(),
