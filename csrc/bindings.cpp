@@ -81,13 +81,11 @@ Tensor tile_patches_backward(Tensor grad, Sizes frame_size, Sizes patch_size, Si
 // First pixel rows of the bands that the same rows of patches cover, and the height last.
 Sizes bands_of(const Axis& rows) {
   Sizes bands;
-  int64_t first = -1, holders = -1;
+  int64_t first = 0, last = 0;
   for (int64_t y = 0; y < rows.size; ++y) {
-    if (rows.first(y) != first || rows.holders(y) != holders) {
-      first = rows.first(y);
-      holders = rows.holders(y);
-      bands.push_back(y);
-    }
+    const int64_t first_before = first, last_before = last;
+    rows.advance(y, first, last);
+    if (y == 0 || first != first_before || last != last_before) bands.push_back(y);
   }
   bands.push_back(rows.size);
   return bands;
@@ -130,7 +128,8 @@ Tensor fold_scores_backward(Tensor grad, Tensor scores, Sizes patch_size, Sizes 
                                    grid,
                                    result.mutable_data_ptr(),
                                    maximum};
-  run(kernels().fold_scores_backward, a, scores.size(0), grad.size(1) * grad.size(2));
+  run(kernels().fold_scores_backward, a, scores.size(0) * grid.rows.count,
+      patch_size[0] * grad.size(2));
   return result;
 }
 

@@ -6,23 +6,38 @@ inline C greater(C a, C b) {
   return (b > a || b != b) ? b : a;
 }
 
+// For each pixel along an axis, the patches [first, last) that hold it.
+struct Holders {
+  int64_t *first, *last;
+
+  explicit Holders(const Axis& axis)
+      : first(static_cast<int64_t*>(__builtin_malloc(2 * sizeof(int64_t) * axis.size))),
+        last(first + axis.size) {
+    int64_t from = 0, to = 0;
+    for (int64_t at = 0; at < axis.size; ++at) {
+      axis.advance(at, from, to);
+      first[at] = from;
+      last[at] = to;
+    }
+  }
+  ~Holders() { __builtin_free(first); }
+  Holders(const Holders&) = delete;
+
+  int64_t count(int64_t at) const { return last[at] - first[at]; }
+  bool same(int64_t a, int64_t b) const { return first[a] == first[b] && last[a] == last[b]; }
+};
+
 template <typename T>
 void fold_scores_of(const FoldArguments& a, int64_t begin, int64_t end) {
   typedef Compute<T> C;
   const Axis &rows = a.grid.rows, &columns = a.grid.columns;
-  // Which patches of a row of patches cover each column of pixels.
-  int64_t* first = static_cast<int64_t*>(__builtin_malloc(2 * sizeof(int64_t) * columns.size));
-  int64_t* holders = first + columns.size;
-  for (int64_t x = 0; x < columns.size; ++x) {
-    first[x] = columns.first(x);
-    holders[x] = columns.holders(x);
-  }
+  const Holders held_rows(rows), held(columns);
   C* merged = static_cast<C*>(__builtin_malloc(sizeof(C) * columns.count));
   float* line = static_cast<float*>(__builtin_malloc(sizeof(float) * columns.size));
   for (int64_t task = begin; task < end; ++task) {
     const int64_t n = task / a.band_count, band = task % a.band_count;
     const int64_t top = a.bands[band], bottom = a.bands[band + 1];
-    const int64_t r0 = rows.first(top), r1 = r0 + rows.holders(top);
+    const int64_t r0 = held_rows.first[top], r1 = held_rows.last[top];
     const T* scores = static_cast<const T*>(a.scores) + n * a.grid.patches();
     for (int64_t c = 0; c < columns.count; ++c) {
       C value = r0 < r1 ? static_cast<C>(get(scores + r0 * columns.count + c)) : C(0);
@@ -33,7 +48,11 @@ void fold_scores_of(const FoldArguments& a, int64_t begin, int64_t end) {
       merged[c] = value;
     }
     for (int64_t x = 0; x < columns.size; ++x) {
-      const int64_t c0 = first[x], c1 = c0 + holders[x];
+      if (x > 0 && held.same(x, x - 1)) {
+        line[x] = line[x - 1];
+        continue;
+      }
+      const int64_t c0 = held.first[x], c1 = held.last[x];
       if (c0 == c1 || r0 == r1) {
         line[x] = 0;
         continue;
@@ -53,7 +72,6 @@ void fold_scores_of(const FoldArguments& a, int64_t begin, int64_t end) {
   }
   __builtin_free(line);
   __builtin_free(merged);
-  __builtin_free(first);
   if (a.stream) stream_end();
 }
 
@@ -62,48 +80,86 @@ void fold_scores(const FoldArguments& a, int64_t begin, int64_t end) {
                 [&](auto t) { fold_scores_of<typename decltype(t)::type>(a, begin, end); });
 }
 
+// Sums rows of pixels into one row, in float: few enough that no digits are lost.
+inline void sum_rows(const float* from, int64_t count, int64_t size, float* to) {
+  map(to, size, false, [&](int64_t x, int64_t lanes) {
+    Vec total = load_lanes(from + x, lanes);
+    for (int64_t y = 1; y < count; ++y) total += load_lanes(from + y * size + x, lanes);
+    return total;
+  });
+}
+
+// The owner of the pixels that the patches [r0, r1) x [c0, c1) cover, as the index of its row and
+// column of patches: the first one of those with the largest score. No owner if one is NaN.
+struct Owner {
+  int64_t row, column;
+};
 template <typename T>
-void fold_scores_backward_of(const FoldBackwardArguments& a, int64_t begin, int64_t end) {
-  const Axis &rows = a.grid.rows, &columns = a.grid.columns;
-  const int64_t patches = a.grid.patches();
-  double* total = static_cast<double*>(__builtin_malloc(sizeof(double) * patches));
-  for (int64_t n = begin; n < end; ++n) {
-    const T* scores = static_cast<const T*>(a.scores) + n * patches;
-    const float* grad = a.grad + n * rows.size * columns.size;
-    for (int64_t p = 0; p < patches; ++p) total[p] = 0;
-    for (int64_t y = 0; y < rows.size; ++y) {
-      const int64_t r0 = rows.first(y), r1 = r0 + rows.holders(y);
-      for (int64_t x = 0; x < columns.size; ++x, ++grad) {
-        const int64_t c0 = columns.first(x), c1 = c0 + columns.holders(x);
-        const double share = *grad / static_cast<double>((r1 - r0) * (c1 - c0));
-        int64_t owner = -1;
-        float best = 0;
-        for (int64_t r = r0; r < r1; ++r) {
-          for (int64_t c = c0; c < c1; ++c) {
-            const int64_t p = r * columns.count + c;
-            if (!a.maximum) {
-              total[p] += share;
-              continue;
-            }
-            const float value = static_cast<float>(get(scores + p));
-            if (value != value) {  // the maximum is NaN: nobody owns the pixel
-              owner = -1;
-              r = r1;
-              break;
-            }
-            if (owner < 0 || value > best) {
-              owner = p;
-              best = value;
-            }
-          }
-        }
-        if (owner >= 0) total[owner] += *grad;
+inline Owner owner_of(const T* scores, int64_t columns, int64_t r0, int64_t r1, int64_t c0,
+                      int64_t c1) {
+  Owner owner = {-1, -1};
+  float best = 0;
+  for (int64_t r = r0; r < r1; ++r) {
+    for (int64_t c = c0; c < c1; ++c) {
+      const float value = static_cast<float>(get(scores + r * columns + c));
+      if (value != value) return {-1, -1};
+      if (owner.row < 0 || value > best) {
+        owner = {r, c};
+        best = value;
       }
     }
-    T* result = static_cast<T*>(a.result) + n * patches;
-    for (int64_t p = 0; p < patches; ++p) put(result + p, total[p]);
+  }
+  return owner;
+}
+
+template <typename T>
+void fold_scores_backward_of(const FoldBackwardArguments& a, int64_t begin, int64_t end) {
+  // A float64 result keeps the digits of every addition.
+  constexpr int64_t kRows = sizeof(T) == 8 ? 1 : 16;
+  const Axis &rows = a.grid.rows, &columns = a.grid.columns;
+  const Holders held_rows(rows), held(columns);
+  float* sums = static_cast<float*>(__builtin_malloc(sizeof(float) * columns.size));
+  double* total =
+      static_cast<double*>(__builtin_malloc(sizeof(double) * (columns.count + 2 * columns.size)));
+  double* line = total + columns.count;
+  double* share = line + columns.size;
+  for (int64_t x = 0; x < columns.size; ++x) {
+    share[x] = held.count(x) ? 1.0 / static_cast<double>(held.count(x)) : 0.0;
+  }
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t n = task / rows.count, r = task % rows.count;
+    const T* scores = static_cast<const T*>(a.scores) + n * a.grid.patches();
+    const float* grad = a.grad + n * rows.size * columns.size;
+    for (int64_t c = 0; c < columns.count; ++c) total[c] = 0;
+    for (int64_t x = 0; x < columns.size; ++x) line[x] = 0;
+    const int64_t last = rows.origin(r) + rows.patch;
+    for (int64_t y = rows.origin(r), bottom; y < last; y = bottom) {
+      bottom = y + 1;
+      while (bottom < last && bottom - y < kRows && held_rows.same(bottom, y)) ++bottom;
+      sum_rows(grad + y * columns.size, bottom - y, columns.size, sums);
+      if (!a.maximum) {
+        const double part = 1.0 / static_cast<double>(held_rows.count(y));
+        for (int64_t x = 0; x < columns.size; ++x) line[x] += part * sums[x];
+        continue;
+      }
+      Owner owner = {-1, -1};
+      for (int64_t x = 0; x < columns.size; ++x) {
+        if (x == 0 || !held.same(x, x - 1)) {
+          owner = owner_of(scores, columns.count, held_rows.first[y], held_rows.last[y],
+                           held.first[x], held.last[x]);
+        }
+        if (owner.row == r) total[owner.column] += sums[x];
+      }
+    }
+    T* result = static_cast<T*>(a.result) + n * a.grid.patches() + r * columns.count;
+    for (int64_t c = 0; c < columns.count; ++c) {
+      const int64_t origin = columns.origin(c);
+      for (int64_t x = origin; x < origin + columns.patch; ++x) total[c] += share[x] * line[x];
+      put(result + c, total[c]);
+    }
   }
   __builtin_free(total);
+  __builtin_free(sums);
 }
 
 void fold_scores_backward(const FoldBackwardArguments& a, int64_t begin, int64_t end) {

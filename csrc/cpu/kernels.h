@@ -23,16 +23,11 @@ struct Axis {
     const int64_t regular = index * stride;
     return regular < size - patch ? regular : size - patch;
   }
-  // The patches that hold pixel `at` are first(at), ..., first(at) + holders(at) - 1.
-  int64_t first(int64_t at) const {
-    const int64_t reach = at - patch + 1;
-    return reach > 0 ? (reach + stride - 1) / stride : 0;
-  }
-  int64_t holders(int64_t at) const {
-    int64_t index = first(at);
-    const int64_t begin = index;
-    while (index < count && origin(index) <= at) ++index;
-    return index - begin;
+  // The patches [first, last) hold a pixel before `at` (or are [0, 0)): moves on to those that hold
+  // `at`. No divisions: they would cost more than the work on the pixel.
+  void advance(int64_t at, int64_t& first, int64_t& last) const {
+    while (first < count && origin(first) + patch <= at) ++first;
+    while (last < count && origin(last) <= at) ++last;
   }
 };
 
@@ -77,7 +72,7 @@ struct FoldArguments {
   bool stream;
 };
 
-// Tasks: n.
+// Tasks: n * rows.count, one row of patches each.
 struct FoldBackwardArguments {
   const float* grad;   // (N, H, W)
   const void* scores;  // (N, P)

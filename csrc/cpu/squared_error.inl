@@ -7,14 +7,15 @@ inline void sum_squares(const A* const* values, const B* target, int64_t count, 
   Vec total[Passes][kUnroll] = {};
   int64_t i = 0;
   for (; i + kUnroll * kLanes <= count; i += kUnroll * kLanes) {
-#pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) {
-      const Vec goal = load(target + i + u * kLanes);
 #pragma GCC unroll 2
-      for (int s = 0; s < Passes; ++s) {
-        Vec value = load(values[s] + i + u * kLanes);
-        if (Sigmoid) value = sigmoid(value);
-        const Vec difference = value - goal;
+    for (int s = 0; s < Passes; ++s) {
+      Vec value[kUnroll];
+#pragma GCC unroll 4
+      for (int u = 0; u < kUnroll; ++u) value[u] = load(values[s] + i + u * kLanes);
+      if (Sigmoid) sigmoid<kUnroll>(value);
+#pragma GCC unroll 4
+      for (int u = 0; u < kUnroll; ++u) {
+        const Vec difference = value[u] - load(target + i + u * kLanes);
         total[s][u] += difference * difference;
       }
     }
@@ -26,9 +27,11 @@ inline void sum_squares(const A* const* values, const B* target, int64_t count, 
       Vec value = load_lanes(values[s] + i, lanes);
       if (Sigmoid) value = sigmoid(value);
       Vec difference = value - goal;
-      if (Sigmoid &&
-          lanes < kLanes) {  // sigmoid(0) is not 0: the lanes past the end must not count
-        for (int lane = static_cast<int>(lanes); lane < kLanes; ++lane) difference[lane] = 0;
+      if (Sigmoid && lanes < kLanes) {
+        // sigmoid(0) is not 0: the lanes past the end must not count.
+        float kept[kLanes];
+        store(kept, difference);
+        difference = load_part(kept, lanes);
       }
       total[s][0] += difference * difference;
     }

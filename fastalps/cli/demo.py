@@ -38,7 +38,8 @@ def demo(arguments: Sequence[str]) -> None:
     train(
         [
             *("--dataset", "digits", "--normal-class", NORMAL_CLASS, "--out", str(out)),
-            *("--epochs", "60", "--batch-size", "32", "--average-decay", "0.98"),
+            *("--preset", "fast", "--epochs", "60", "--batch-size", "32"),
+            *("--average-decay", "0.98", "--checkpoint-every", "20"),
             *("--target-fpr", "0.05", "--protocol", "strict"),
         ]
     )
