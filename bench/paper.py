@@ -15,13 +15,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 # A checkout needs no installation.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from bench.command_line import Parser, guarded
 from bench.quality import cells, tables
 from bench.quality.recipes import BASELINES, METHODS, RECIPES
 from fastalps.environment import usable_cores
@@ -32,13 +32,8 @@ RESULTS = ROOT / "bench" / "results" / "quality"
 TABLE_METHODS = {1: ("alps", *BASELINES), 3: ("none", "noise", "alps")}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        self.exit(2, f"error: {message}; see --help\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="bench/paper.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -141,14 +136,7 @@ def _run(options: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     options = _parser().parse_args(arguments)
-    try:
-        return _run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on", file=sys.stderr)
-        return 130
+    return guarded(lambda: _run(options), "stopped; the same command goes on")
 
 
 if __name__ == "__main__":

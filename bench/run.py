@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from bench import cases, peers, table
+from bench.command_line import Parser, guarded
 from bench.harness import EFFORT, Settings, keep_freed_memory, run_case
 from fastalps import backends
 from fastalps.environment import result_record, usable_cores
@@ -44,13 +45,8 @@ PROTOCOL = "benchmark"
 ROOT = Path(__file__).resolve().parents[1]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        self.exit(2, f"error: {message}; see --help\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="bench/run.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -178,14 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     # torch.compile and exporters talk to their developers.
     warnings.filterwarnings("ignore", module=r"torch\..*")
-    try:
-        return _run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
+    return guarded(lambda: _run(options))
 
 
 if __name__ == "__main__":
