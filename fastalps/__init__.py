@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastalps import nn as nn
     from fastalps.backends import use_backend
     from fastalps.checkpoint import Calibration, load, save
+    from fastalps.drift import DriftMonitor
     from fastalps.gate import MotionGate
     from fastalps.models import ALPS
     from fastalps.scoring import Scorer
@@ -24,6 +25,7 @@ __all__ = [
     "ALPS",
     "BackendUnavailable",
     "Calibration",
+    "DriftMonitor",
     "MotionGate",
     "Scorer",
     "TrainConfig",
@@ -42,6 +44,7 @@ if not (Path(__file__).parent / "kernels").is_dir():
 _HOMES = {
     "ALPS": "models",
     "Calibration": "checkpoint",
+    "DriftMonitor": "drift",
     "MotionGate": "gate",
     "Scorer": "scoring",
     "TrainConfig": "training",
@@ -54,6 +57,7 @@ _MODULES = (
     "backends",
     "calibration",
     "data",
+    "drift",
     "environment",
     "gate",
     "metrics",

@@ -14,6 +14,9 @@ from torch import Tensor
 from fastalps.checkpoint import LEVELS, Calibration
 from fastalps.inputs import is_array
 
+# Of the held-out normal scores, kept with the threshold.
+QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+
 if TYPE_CHECKING:
     from fastalps.frame_scores import FrameScores
     from fastalps.scoring import Scorer
@@ -49,6 +52,48 @@ def threshold_at(scores: Tensor, target_fpr: float) -> float:
     return float(scores.flatten().sort().values[count - 1 - above])
 
 
+def order_statistic(count: int, probability: float) -> int:
+    """The rank, from 1, of the smallest of `count` scores that a share `probability` is at most."""
+    # The factor heals products such as 0.07 * 100 = 7.000000000000001.
+    return max(1, math.ceil(probability * count * (1 - 1e-12)))
+
+
+def quantiles_of(scores: Tensor) -> tuple[tuple[float, float], ...]:
+    """Pairs of a probability out of `QUANTILES` and that quantile of the scores, one of them."""
+    ordered = scores.flatten().sort().values
+    return tuple(
+        (probability, float(ordered[order_statistic(len(ordered), probability) - 1]))
+        for probability in QUANTILES
+    )
+
+
+def correlation_length(scores: Tensor) -> float:
+    """How many successive scores tell as much about their distribution as one independent score.
+
+    The largest of ``b * var(means of blocks of b) / var(scores)`` over b = 1, 2, 4, ... with at
+    least eight blocks, of the scores' ranks (batch means; P. Heidelberger, P. Welch, 1981). 1 for
+    independent scores, up to the noise of the estimate, which makes it larger rather than smaller.
+
+    Args:
+        scores: (N,) floating, in their order.
+
+    Returns:
+        a number from 1 up; 1 where N < 8.
+    """
+    _, inverse, counts = torch.unique(scores, return_inverse=True, return_counts=True)
+    # Equal scores share their middle rank: ranks by position would rise along a run of them.
+    ranks = (counts.cumsum(0).double() - 0.5 * (counts + 1))[inverse]
+    total = float(ranks.var(correction=0)) if len(ranks) else 0.0
+    longest = 1.0
+    block = 1
+    while total > 0 and len(ranks) // block >= 8:
+        blocks = len(ranks) // block
+        means = ranks[: blocks * block].reshape(blocks, block).mean(1)
+        longest = max(longest, block * float(means.var()) / total)
+        block *= 2
+    return longest
+
+
 def calibrate(
     scorer: Scorer, normal_data: Any, target_fpr: float = 0.01, level: str = "image"
 ) -> Calibration:
@@ -76,7 +121,7 @@ def calibrate(
     if level == "image":
         scores = scorer.score_images(normal_data)
     else:
-        parts = [_level_scores(result, level) for result in _results(scorer, normal_data)]
+        parts = [level_scores(result, level) for result in _results(scorer, normal_data)]
         scores = torch.cat(parts) if parts else torch.empty(0)
         settings |= {
             "patch_size": list(scorer.patch_size),
@@ -93,6 +138,8 @@ def calibrate(
         target_false_positive_rate=float(target_fpr),
         samples=scores.numel(),
         settings=settings,
+        quantiles=quantiles_of(scores),
+        correlation=correlation_length(scores),
     )
 
 
@@ -119,7 +166,9 @@ def _results(scorer: Scorer, normal_data: Any) -> Iterator[FrameScores]:
         yield from scorer.score_frames(items)
 
 
-def _level_scores(result: FrameScores, level: str) -> Tensor:
+def level_scores(result: FrameScores, level: str) -> Tensor:
+    """The scores that a calibration of this level ("patch" or "frame") is about, (n,) on the CPU:
+    of the patches, those that the gate kept."""
     if level == "frame":
         return result.frames.cpu()
     kept = result.kept

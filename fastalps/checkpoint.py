@@ -20,7 +20,12 @@ from fastalps.models import ALPS, ModelConfig
 
 FORMAT = "fastalps-model"
 VERSION = "1"
-LEVELS = ("image", "patch", "frame")
+UNITS = {"image": "images", "patch": "patches", "frame": "frames"}
+LEVELS = tuple(UNITS)
+SCORE_MEANING = (
+    "a score is a mean squared error of pixels in [0, 1]: 0 is a perfect reconstruction, higher is "
+    "more anomalous"
+)
 SCORE_KINDS = ("normal", "perturbed", "average")
 # Larger values in a configuration are not models but ways to exhaust the memory of a reader.
 LARGEST_WIDTH = 65536
@@ -37,6 +42,9 @@ class Calibration:
         target_false_positive_rate: the share of normal samples that may be flagged.
         samples: how many normal samples it was set on.
         settings: how they were scored (patches, gate, frame reduction).
+        quantiles: of their scores: pairs (probability, score), both rising; `fastalps.drift`
+            compares streams with them. Empty in files of before they were kept.
+        correlation: how many successive ones tell as much as one independent one, at least 1.
     """
 
     threshold: float
@@ -45,8 +53,13 @@ class Calibration:
     target_false_positive_rate: float
     samples: int
     settings: dict[str, Any] = field(default_factory=dict)
+    quantiles: tuple[tuple[float, float], ...] = ()
+    correlation: float = 1.0
 
     def __post_init__(self) -> None:
+        # JSON has lists only.
+        pairs = tuple((float(p), float(score)) for p, score in self.quantiles)
+        object.__setattr__(self, "quantiles", pairs)
         if self.score not in SCORE_KINDS:
             raise ValueError(f"score: expected one of {', '.join(SCORE_KINDS)}; got {self.score!r}")
         if self.level not in LEVELS:
@@ -58,6 +71,25 @@ class Calibration:
                 "target_false_positive_rate: expected between 0 and 1, "
                 f"got {self.target_false_positive_rate}"
             )
+        for column, (low, high) in enumerate(((0.0, 1.0), (-math.inf, math.inf))):
+            values = [pair[column] for pair in pairs]
+            if values != sorted(values) or not all(low < value < high for value in values):
+                raise ValueError(
+                    "quantiles: expected pairs of a probability between 0 and 1 and a finite "
+                    f"score, both rising; got {pairs}"
+                )
+        if not 1 <= self.correlation < math.inf:
+            raise ValueError(f"correlation: expected at least 1, got {self.correlation}")
+
+    def explain(self) -> str:
+        """What a score is and what the threshold means, in one sentence without a full stop."""
+        rate = 100 * self.target_false_positive_rate
+        text = (
+            f"{SCORE_MEANING}; above {self.threshold:.6g} it is flagged, which at most {rate:g}% "
+            f"of {self.samples} held-out normal {UNITS[self.level]} are"
+        )
+        median = dict(self.quantiles).get(0.5)
+        return text if median is None else f"{text} (half of them score at most {median:.4g})"
 
 
 def save_tensors(

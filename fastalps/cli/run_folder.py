@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastalps.checkpoint import Calibration
 from fastalps.errors import UserError
 from fastalps.files import write_json, write_text
 from fastalps.training.trainer import CHECKPOINT
@@ -49,16 +48,6 @@ def write_scores(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any
 def write_metrics(path: Path, record: dict[str, Any]) -> None:
     """Writes JSON; a figure that could not be computed is null."""
     write_json(path, _without_nan(record))
-
-
-def explain(calibration: Calibration) -> str:
-    """What a threshold means, in a sentence."""
-    unit = {"image": "images", "patch": "patches", "frame": "frames"}[calibration.level]
-    return (
-        f"a score is a mean squared error of pixels in [0, 1]; above {calibration.threshold:.6g} "
-        f"it is flagged, which at most {100 * calibration.target_false_positive_rate:g}% of "
-        f"{calibration.samples} held-out normal {unit} are"
-    )
 
 
 def _plain(value: Any) -> Any:

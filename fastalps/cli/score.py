@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import logging
 import math
 import sys
 import time
@@ -16,7 +17,8 @@ from torch import Tensor
 
 import fastalps
 from fastalps import environment
-from fastalps.checkpoint import Calibration
+from fastalps.calibration import level_scores
+from fastalps.checkpoint import SCORE_MEANING, Calibration
 from fastalps.cli import command, figures, run_folder
 from fastalps.cli.options import make_parser, parse, pick
 from fastalps.cli.overlays import Frame, draw_overlay
@@ -28,6 +30,7 @@ from fastalps.data import (
     still_background,
 )
 from fastalps.data.frames import frame_sample
+from fastalps.drift import Drift, DriftMonitor
 from fastalps.errors import UserError
 from fastalps.files import make_folder
 from fastalps.gate import CLIP_SAMPLES, MotionGate, clip_background
@@ -38,6 +41,7 @@ NAME = "fastalps-score"
 OVERLAYS = "overlays"
 TIMELINE = "timeline.png"
 SUMMARY = "summary.json"
+logger = logging.getLogger("fastalps")
 
 USAGE = """fastalps-score RUN INPUT --out DIR [options]
 
@@ -51,7 +55,7 @@ images (sub-folders too) or one image, resized to the model's size where they di
 video, a folder of the frames of one clip, of any size from a patch up. DIR
 gets scores.csv (name, score, flagged), timeline.png, summary.json and, for video, overlays/: the
 frames with the highest scores under their heatmaps. Flagged is what scores above the threshold that
-the run set on held-out normal data."""
+the run set on held-out normal data; a line warns where the scores have drifted from that data's."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +89,30 @@ class ScoreOptions:
 
 @dataclass
 class Scored:
-    """Names and scores of what was scored, and the time it took."""
+    """Names and scores of what was scored, the time it took, and whether they drifted."""
 
     names: list[str]
     scores: list[Tensor]
+    monitor: DriftMonitor | None
     seconds: float = 0.0
     patches: int = 0
     kept: int = 0
+    drift: Drift | None = None
+
+    def watch(self, scores: Tensor) -> None:
+        """Compares the next scores with the calibration's; says so when they drift at first."""
+        if self.monitor is not None:
+            self._report(self.monitor.update(scores))
+
+    def finish(self) -> None:
+        """Compares the scores that fill no window."""
+        if self.monitor is not None:
+            self._report(self.monitor.finish())
+
+    def _report(self, drift: Drift | None) -> None:
+        if drift is not None and self.drift is None:
+            self.drift = drift
+            logger.warning("%s", drift)
 
     def curve(self) -> Tensor:
         return torch.cat([torch.empty(0), *self.scores])
@@ -119,10 +140,13 @@ def score(arguments: Sequence[str]) -> None:
         raise UserError(f"{namespace.run}: the model has no threshold; calibrate and save it")
     scorer = make_scorer(model, calibration, options, device)
     source, folder = Path(namespace.input), make_folder(namespace.out)
+    # Models saved before calibrations kept quantiles have nothing to compare with.
+    scored = Scored([], [], DriftMonitor(calibration) if calibration.quantiles else None)
     if calibration.level == "image":
-        scored = _score_images(scorer, source)
+        _score_images(scored, scorer, source)
     else:
-        scored = _score_frames(scorer, source, folder, calibration, options)
+        _score_frames(scored, scorer, source, folder, calibration, options)
+    scored.finish()
     _write(folder, scored, scorer, calibration, options, namespace)
 
 
@@ -159,18 +183,26 @@ def _model_path(run: Path) -> Path:
     return path
 
 
-def _score_images(scorer: Scorer, source: Path) -> Scored:
+def _score_images(scored: Scored, scorer: Scorer, source: Path) -> None:
     if not source.exists():
         raise UserError(f"the input {source} does not exist; give a folder of images or an image")
     images, names = read_images(source, size=scorer.image_size, channels=scorer.channels)
     begin = time.perf_counter()
     scores = scorer.score_images(images)
-    return Scored(list(names), [scores], time.perf_counter() - begin)
+    scored.seconds = time.perf_counter() - begin
+    scored.names += names
+    scored.scores.append(scores)
+    scored.watch(scores)
 
 
 def _score_frames(
-    scorer: Scorer, source: Path, folder: Path, calibration: Calibration, options: ScoreOptions
-) -> Scored:
+    scored: Scored,
+    scorer: Scorer,
+    source: Path,
+    folder: Path,
+    calibration: Calibration,
+    options: ScoreOptions,
+) -> None:
     if source.is_file():
         raise UserError(
             f"{source} is a file; give the folder of the clip's frames "
@@ -185,7 +217,6 @@ def _score_frames(
             # The whole clip's from the start; a stream would have to learn it as it goes.
             background = clip_background(frame_sample(source, CLIP_SAMPLES))
         scorer.gate = MotionGate(scorer.gate.threshold, background)
-    scored = Scored([], [])
     worst: list[tuple[float, int, Frame]] = []
     threshold = calibration.threshold if options.threshold is None else options.threshold
     before = None
@@ -199,6 +230,7 @@ def _score_frames(
         offset = len(scored.names)
         scored.names += names
         scored.scores.append(result.frames.cpu())
+        scored.watch(level_scores(result, calibration.level))
         for i, name in enumerate(names):
             value = float(result.frames[i])
             if options.overlays >= 0 and (
@@ -214,7 +246,6 @@ def _score_frames(
                 heapq.heappop(worst)
     for _, _, frame in worst:
         draw_overlay(make_folder(folder / OVERLAYS), frame)
-    return scored
 
 
 def _write(
@@ -226,10 +257,10 @@ def _write(
     namespace: Any,
 ) -> None:
     if options.threshold is not None:
-        meaning = f"flagged is what scores above {options.threshold:g}, as asked for"
+        meaning = f"{SCORE_MEANING}; above {options.threshold:g} it is flagged, as asked for"
         threshold = options.threshold
     else:
-        meaning, threshold = run_folder.explain(calibration), calibration.threshold
+        meaning, threshold = calibration.explain(), calibration.threshold
     curve = scored.curve()
     flagged = curve > threshold
     item = "image" if calibration.level == "image" else "frame"
@@ -253,6 +284,14 @@ def _write(
     }
     if item == "frame":
         facts |= {"patches": scored.patches, "patches_past_the_motion_gate": scored.kept}
+    if scored.monitor is not None:
+        facts["drift"] = {
+            "windows": scored.monitor.windows,
+            "window": scored.monitor.window,
+            "drifted": scored.monitor.drifted,
+            "false_alarm_rate_of_a_window": scored.monitor.false_alarm_rate,
+            "first": None if scored.drift is None else str(scored.drift),
+        }
     record = environment.result_record(
         f"score, level {calibration.level}", facts, seed=None, input=Path(namespace.input).name
     )
@@ -265,6 +304,8 @@ def _write(
         share = 100 * scored.kept / scored.patches
         print(f"{share:.1f}% of the patches passed the motion gate; the others score 0")
     print(meaning)
+    if scored.monitor is not None:
+        print(scored.monitor.summary())
     print(f"wrote {folder}: {run_folder.SCORES}, {TIMELINE}, {SUMMARY}")
 
 

@@ -121,7 +121,7 @@ def train(arguments: Sequence[str]) -> None:
     _write(folder, fitted, data, result, config, data_options, seconds)
     for line in result.lines:
         print(line)
-    print(run_folder.explain(result.calibration))
+    print(result.calibration.explain())
     print(
         f"wrote {folder}: {run_folder.MODEL}, {run_folder.METRICS}, {run_folder.SCORES}, figures/"
     )
