@@ -59,6 +59,7 @@ _MODULES = (
     "data",
     "drift",
     "environment",
+    "export",
     "gate",
     "metrics",
     "models",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,19 @@ def check_resumable(folder: Path) -> None:
     """Raises UserError when there is nothing to resume."""
     if not (folder / CHECKPOINT).is_file():
         raise UserError(f"{folder} holds no run to resume ({CHECKPOINT}); leave --resume out")
+
+
+def model_path(run: str | os.PathLike[str]) -> Path:
+    """The model of a run, given by its folder or by the file itself; UserError without one."""
+    folder = Path(run)
+    if not folder.exists():
+        raise UserError(f"there is no run {folder}; make one with fastalps-train")
+    path = folder / MODEL if folder.is_dir() else folder
+    if not path.exists():
+        raise UserError(
+            f"{folder} holds no {MODEL}; give the folder of a finished fastalps-train run"
+        )
+    return path
 
 
 def write_scores(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -134,7 +134,7 @@ def score(arguments: Sequence[str]) -> None:
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = fastalps.load(_model_path(Path(namespace.run)))
+    model = fastalps.load(run_folder.model_path(namespace.run))
     calibration = model.calibration
     if calibration is None:
         raise UserError(f"{namespace.run}: the model has no threshold; calibrate and save it")
@@ -170,17 +170,6 @@ def make_scorer(
         top_k=settings.get("top_k", 3),
         **common,
     )
-
-
-def _model_path(run: Path) -> Path:
-    if not run.exists():
-        raise UserError(f"there is no run {run}; make one with fastalps-train")
-    path = run / run_folder.MODEL if run.is_dir() else run
-    if not path.exists():
-        raise UserError(
-            f"{run} holds no {run_folder.MODEL}; give the folder of a finished fastalps-train run"
-        )
-    return path
 
 
 def _score_images(scored: Scored, scorer: Scorer, source: Path) -> None:
