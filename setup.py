@@ -189,8 +189,10 @@ def build_cpu() -> Path:
     common = [compiler, "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     common += ["-DFASTALPS_X86"] if X86 else []
     plan = Plan("fastalps_cpu")
-    plan.compile(ROOT / "csrc/bindings.cpp", [*common, TARGET, f"-isystem{headers}", "-Icsrc"])
-    plan.compile(ROOT / "csrc/cpu/dispatch.cpp", common)
+    for name in ("bindings", "bindings_engine"):
+        plan.compile(ROOT / f"csrc/{name}.cpp", [*common, TARGET, f"-isystem{headers}", "-Icsrc"])
+    for name in ("dispatch", "engine_plan"):
+        plan.compile(ROOT / f"csrc/cpu/{name}.cpp", common)
     for name, flags in INSTRUCTION_SETS.items():
         if X86 or not flags:
             plan.compile(ROOT / f"csrc/cpu/{name}.cpp", [*common, *flags])

@@ -12,6 +12,7 @@ import copy
 import itertools
 import warnings
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from fastalps import ops
 from fastalps.environment import has_fast_bfloat16
+from fastalps.inputs import unit_pixels
 from fastalps.models import ALPS, Decoder
 
 PRECISIONS = ("fp32", "bf16")
@@ -27,13 +29,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Sizes of batches that a CPU sees: a full one, and the smaller ones that a last one is padded to.
 BATCH_SIZES = 8
 
-# What a batch's network passes have to give.
-PASSES = ("normal", "perturbed", "both")
+# The network passes that are run.
+Passes = Literal["normal", "perturbed", "both"]
+
+# How frames are cut into patches: patch size, stride and edge, see `fastalps.ops.patch_grid`.
+Cut = tuple[tuple[int, int], tuple[int, int], str]
 
 
-def passes_for(kind: str) -> str:
+def passes_for(kind: str) -> Passes:
     """The passes that one kind of score needs."""
-    return "both" if kind == "average" else kind
+    if kind == "normal":
+        return "normal"
+    return "perturbed" if kind == "perturbed" else "both"
 
 
 def pick(errors: Tensor, kind: str) -> Tensor:
@@ -141,16 +148,17 @@ class LayerByLayer:
         self._single = model.config.perturbation == "none"
 
     @torch.inference_mode()
-    def errors(self, images: Tensor, passes: str) -> Tensor:
+    def errors(self, images: Tensor, passes: Passes) -> Tensor:
         """Mean squared errors of the reconstructions.
 
         Args:
-            images: float32 (N, C, H, W) in [0, 1] on the device; N may be 0.
+            images: (N, C, H, W) on the device, uint8 (0 to 255) or floating (0 to 1); N may be 0.
             passes: "normal", "perturbed" or "both".
 
         Returns:
             (1, N) float32, or (2, N) for "both": normal, then perturbed.
         """
+        images = unit_pixels(images)
         rows = 2 if passes == "both" else 1
         if self._single:
             passes = "normal"
@@ -161,7 +169,48 @@ class LayerByLayer:
                 result[:, start : start + batch.shape[0]] = self._batch(batch, passes)
         return result
 
-    def _batch(self, batch: Tensor, passes: str) -> Tensor:
+    def frame_errors(
+        self,
+        frames: Tensor,
+        cut: Cut,
+        passes: Passes,
+        background: Tensor | None = None,
+        threshold: float = 0.0,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Errors of the patches of frames; with a background, of those that differ from it.
+
+        Args:
+            frames: (N, H, W) or (N, C, H, W) on the device, as for `errors`; uint8 (N, H, W) with
+                a background.
+            cut: patch size, stride and edge.
+            passes: see `errors`.
+            background: uint8 (H, W) of the motion gate; None = every patch is scored.
+            threshold: of the gate, see `fastalps.ops.active_patches`.
+
+        Returns:
+            errors (rows, N, P) float32, 0 where the gate dropped the patch, and kept bool (N, P),
+            or None without a background.
+        """
+        patch, stride, edge = cut
+        if background is None:
+            scale = 1 / 255 if frames.dtype == torch.uint8 else 1.0
+            patches = ops.tile_patches(frames, patch, stride, edge=edge, scale=scale)
+            errors = self.errors(patches.flatten(0, 1), passes)
+            return errors.unflatten(1, patches.shape[:2]), None
+        patches, index = ops.active_patches(
+            frames, background, patch, stride, threshold=threshold, edge=edge
+        )
+        rows, columns = ops.patch_grid(frames.shape[1:], *cut)
+        shape = (frames.shape[0], len(rows) * len(columns))
+        found = self.errors(patches, passes)
+        errors = found.new_zeros(found.shape[0], *shape)
+        kept = torch.zeros(shape, dtype=torch.bool, device=found.device)
+        frame, number = index.unbind(1)
+        errors[:, frame, number] = found
+        kept[frame, number] = True
+        return errors, kept
+
+    def _batch(self, batch: Tensor, passes: Passes) -> Tensor:
         if self.device.type != "cuda":
             # Libraries prepare, and keep, a kernel for each size of batch that they meet; behind a
             # motion gate every last batch has another. Padded, there are eight sizes.
@@ -174,7 +223,7 @@ class LayerByLayer:
             self._graphs[passes] = _Graph(self, batch.shape[1:], passes)
         return self._graphs[passes].replay(batch)
 
-    def forward(self, batch: Tensor, passes: str) -> Tensor:
+    def forward(self, batch: Tensor, passes: Passes) -> Tensor:
         """One batch, eagerly: (rows, n) float32."""
         network = self.network
         target = batch.contiguous(memory_format=torch.channels_last)
@@ -191,7 +240,7 @@ class LayerByLayer:
 class _Graph:
     """One batch as a CUDA graph with static buffers."""
 
-    def __init__(self, engine: LayerByLayer, shape: torch.Size, passes: str) -> None:
+    def __init__(self, engine: LayerByLayer, shape: torch.Size, passes: Passes) -> None:
         self.images = torch.zeros(engine.batch_size, *shape, device=engine.device)
         self.images = self.images.contiguous(memory_format=torch.channels_last)
         self.graph = torch.cuda.CUDAGraph()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, overload
@@ -9,14 +10,16 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from fastalps import ops
+from fastalps import backends, ops
 from fastalps.checkpoint import SCORE_KINDS
 from fastalps.chunks import PATCH_BYTES, plan_chunks
-from fastalps.frame_errors import frame_errors
+from fastalps.engine import Engine, log_layer_by_layer, why_not
+from fastalps.frame_errors import Network, frame_errors
 from fastalps.frame_scores import FrameScores, check_frame_reduce, reduce_patches
 from fastalps.gate import STREAM_SAMPLES, MotionGate, StreamingBackground, clip_background
 from fastalps.inference import (
     LayerByLayer,
+    Passes,
     choose_precision,
     default_batch_size,
     passes_for,
@@ -32,7 +35,6 @@ from fastalps.inputs import (
     pair,
     release_mapped,
     to_tensor,
-    unit_pixels,
 )
 from fastalps.models import ALPS, Scores
 
@@ -50,6 +52,10 @@ class Scorer:
     does not change the scores until `refresh()`. A model with perturbation="noise" draws new noise
     for every image, so only its normal score is the same twice.
 
+    On CPUs fp32 runs in the whole-network engine (`fastalps.engine`) where the C++ kernels are
+    there and no other backend was asked for; else the model runs layer by layer, for a reason that
+    the logger "fastalps" tells once.
+
     Args:
         model: an `fastalps.ALPS`.
         score: "normal", "perturbed" or "average". What it does not need is not computed.
@@ -63,7 +69,8 @@ class Scorer:
         gate: drops the patches in which nothing moves, unscored: they score 0.
         frame_reduce: how a frame's score comes from its patches: "max", "mean" or "topk".
         top_k: patches averaged by "topk".
-        batch_size: images or patches a network call; None = chosen by image size and device.
+        batch_size: images or patches a network call, layer by layer; None = chosen by image size
+            and device. The engine chooses for itself.
         device: where to run; None = where the model is.
 
     Raises:
@@ -126,7 +133,22 @@ class Scorer:
 
     def refresh(self) -> None:
         """Takes the model's present weights."""
-        self._engine = LayerByLayer(self.model, self.device, self.precision, self.batch_size)
+        self._copy: ALPS = copy.deepcopy(self.model)
+        self._layers: LayerByLayer | None = None
+        reason = why_not(self.device, self.precision)
+        self._engine = None if reason else Engine(self._copy)
+        if reason and self.device.type == "cpu":
+            log_layer_by_layer(reason)
+
+    def _network(self) -> Network:
+        """The engine where it covers the model and the backend asked for, else layer by layer."""
+        if self._engine is not None:
+            if backends.requested() in ("auto", "native"):
+                return self._engine
+            log_layer_by_layer(f"backend {backends.requested()} was asked for")
+        if self._layers is None:
+            self._layers = LayerByLayer(self._copy, self.device, self.precision, self.batch_size)
+        return self._layers
 
     # Images ------------------------------------------------------------------------------------
 
@@ -153,7 +175,7 @@ class Scorer:
         errors = self._image_errors(images, "both")
         return Scores(*(pick(errors, kind) for kind in SCORE_KINDS))
 
-    def _image_errors(self, images: Pixels, passes: str) -> Tensor:
+    def _image_errors(self, images: Pixels, passes: Passes) -> Tensor:
         check_array("images", images)
         expected = (self.channels, *self.image_size)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
@@ -161,6 +183,7 @@ class Scorer:
                 f"images must be (N, C, H, W) = (N, {', '.join(map(str, expected))}) for this "
                 f"model, got shape {tuple(images.shape)}"
             )
+        network = self._network()
         # Converted a few batches at a time: the whole in float32 would be four times its size.
         batch_bytes = 4 * math.prod(expected) * self.batch_size
         step = self.batch_size * max(1, PATCH_BYTES // batch_bytes)
@@ -168,7 +191,7 @@ class Scorer:
         for start in range(0, len(images), step):
             part = to_tensor(images[start : start + step])
             check_pixels("images", part, start)
-            pieces.append(self._engine.errors(unit_pixels(part.to(self.device)), passes))
+            pieces.append(network.errors(part.to(self.device), passes))
             release_mapped(images)
         if not pieces:
             return torch.empty(2 if passes == "both" else 1, 0, device=home(images))
@@ -291,7 +314,7 @@ class Scorer:
         plan = plan_chunks(
             size, self.patch_size, self.stride, self.edge, bytes_per_pixel=4 * self.channels
         )
-        passes = "both" if len(kinds) > 1 else passes_for(kinds[0])
+        passes: Passes = "both" if len(kinds) > 1 else passes_for(kinds[0])
         if self.gate is not None and background is None and len(frames):
             background = self.gate.background
             if background is None:
@@ -299,7 +322,7 @@ class Scorer:
         threshold = None if self.gate is None else self.gate.threshold
         cut = (self.patch_size, self.stride, self.edge)
         errors, kept = frame_errors(
-            self._engine, frames, plan, cut, passes, threshold, background, offset
+            self._network(), frames, plan, cut, passes, threshold, background, offset
         )
         results = {}
         for kind in kinds:

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../dtype.h"
+#include "engine.h"
 
 namespace fastalps {
 
@@ -162,6 +163,10 @@ struct Kernels {
   void (*squared_error_backward)(const SquaredErrorBackwardArguments&, int64_t, int64_t);
   void (*activity)(const ActivityArguments&, int64_t, int64_t);
   void (*gather)(const GatherArguments&, int64_t, int64_t);
+  int lanes;  // floats in a vector
+  // A block of patches through the whole network: its first patch, their number, the vectors that
+  // they fill (1 to kBlockVectors), and scratch of `Network::scratch` floats for each lane.
+  void (*engine_block)(const EngineArguments&, int64_t, int64_t, int, float*);
 };
 
 // The fastest set that this processor runs; FASTALPS_CPU=default|avx2|avx512 asks for a lesser one.

@@ -17,6 +17,7 @@ namespace {
 #include "latent.inl"
 #include "tiling.inl"
 #include "folding.inl"
+#include "engine.inl"
 // clang-format on
 
 }  // namespace
@@ -34,6 +35,8 @@ const Kernels FASTALPS_TABLE = {
     squared_error_backward,
     activity,
     gather,
+    kLanes,
+    engine_block,
 };
 
 }  // namespace fastalps

@@ -1,0 +1,97 @@
+// The whole-network engine: an ALPS model as plain arrays, and what a block of patches needs.
+//
+// Activations lie pixel by pixel, channel by channel, and innermost the patches of a block: one
+// "value" is a few vectors, each lane of which is another patch. No sum crosses lanes, so a score
+// depends neither on the batch nor on a patch's place in it. Every layer is a pair of bilinear
+// algorithms, one an axis (fastalps/engine/axes.py): sums of inputs, products, sums of products.
+#pragma once
+
+#include <cstdint>
+
+#include "../dtype.h"
+
+namespace fastalps {
+
+// In values and results: an index and an integer factor. In products: a value and a filter.
+struct Term {
+  int32_t index, factor;
+};
+
+struct Sum {
+  const Term* terms;
+  int32_t count;
+  // Results: the output. Products: the place of the result that is this product alone, or -1.
+  int32_t target;
+  bool plain;  // one term of factor 1: no arithmetic
+};
+
+// Consecutive results of an axis, computed at once.
+struct Band {
+  const Sum* values;
+  const Sum* products;
+  const Sum* results;
+  int32_t value_count, product_count, result_count;
+  int32_t first_input, last_input;  // inclusive
+};
+
+struct AxisPlan {
+  int32_t inputs, outputs, filters;
+  const Band* bands;
+  int32_t band_count;
+};
+
+struct Layer {
+  int64_t in_channels, out_channels;
+  AxisPlan rows, columns;
+  float slope;           // of the leaky ReLU; 1: none
+  const float* bias;     // (out_channels)
+  const float* weights;  // (row filter, column filter, tile of kTile out_channels, channel, tile)
+  // Channels of working memory: of a combined row, of the values and the products of a band, and of
+  // results that wait for other rows.
+  int64_t row_size, value_size, product_size, partial_size;
+};
+
+// Vectors in a value at most. With kTile they fill the 16 registers of AVX2: 12 sums.
+constexpr int kBlockVectors = 3;
+// Output channels whose weights lie side by side.
+constexpr int kTile = 4;
+// Terms of a product along one axis; values of a band along one axis. The plan's reader checks.
+constexpr int kMostTerms = 3;
+constexpr int kMostValues = 64;
+constexpr int kMostSummed = 16;      // terms of a value
+constexpr int kMostResultTerms = 5;  // of a result
+constexpr int kMostFactor = 1 << 10;
+constexpr int kMostProducts = 1 << 16;
+
+enum class Bound { kNone, kTanh, kNorm };
+
+struct Network {
+  int64_t channels, height, width, latent;
+  Bound bound;
+  float strength;
+  const Layer* encoder;
+  const Layer* distorter;
+  const Layer* decoder;
+  int64_t encoder_layers, distorter_layers, decoder_layers;
+  // Floats of a single lane: the largest activation, and the working memory of the largest layer.
+  int64_t activation, working;
+
+  int64_t pixels() const { return channels * height * width; }
+  // Floats that a block needs, for each lane.
+  int64_t scratch() const { return pixels() + 2 * activation + 2 * latent + working; }
+};
+
+struct EngineArguments {
+  const Network* network;
+  const void* pixels;
+  DType type;                // uint8 (0 to 255) or float32 (0 to 1)
+  const int64_t* origins;    // of each patch to score, in elements from `pixels`
+  const int64_t* positions;  // of each patch to score, in the errors and the noise
+  int64_t channel_stride, row_stride, column_stride;
+  const float* noise;      // (positions, latent) in the distorter's place, or null
+  bool normal, perturbed;  // which passes
+  float* errors;           // (passes, positions)
+  int64_t error_count;     // positions
+};
+
+}  // namespace fastalps

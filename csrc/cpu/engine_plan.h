@@ -1,0 +1,43 @@
+// Reads the plan that fastalps/engine/packing.py writes.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <vector>
+
+#include "engine.h"
+
+namespace fastalps {
+
+// A network read from a plan (whole numbers) and its packed weights, which it points into. Throws
+// std::runtime_error when they do not fit each other: no index that passes can leave its array.
+class EnginePlan {
+ public:
+  EnginePlan(const int64_t* plan, int64_t plan_size, const float* weights, int64_t weights_size);
+  EnginePlan(const EnginePlan&) = delete;
+  EnginePlan& operator=(const EnginePlan&) = delete;
+
+  Network network{};
+
+ private:
+  int64_t next(int64_t least, int64_t most);
+  const float* floats(int64_t count);
+  int32_t sums(std::deque<std::vector<Sum>>& into, int32_t fewest, int32_t most_terms,
+               int64_t indices, int64_t low, int64_t high, bool targets, int64_t outputs);
+  AxisPlan axis();
+  Layer layer();
+  int64_t layers(const Layer*& into, int64_t in_channels, int64_t in_pixels, int64_t out_channels,
+                 int64_t out_pixels, bool optional);
+
+  const int64_t* plan_;
+  const int64_t* plan_end_;
+  const float* weights_;
+  const float* weights_end_;
+  // Deques: what they hold stays where it is.
+  std::deque<std::vector<Term>> terms_;
+  std::deque<std::vector<Sum>> sums_;
+  std::deque<std::vector<Band>> bands_;
+  std::deque<std::vector<Layer>> layers_;
+};
+
+}  // namespace fastalps

@@ -1,0 +1,151 @@
+"""The whole-network engine of the CPU: pixels in, errors out, in one native call.
+
+Batch norm is folded into packed weights, activations of a few patches stay in a core's caches, and
+no reconstruction is stored. `csrc/cpu/engine.inl` computes; this package folds, packs and calls.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+
+import torch
+from torch import Tensor
+
+from fastalps import backends, ops
+from fastalps.engine.packing import pack
+from fastalps.inference import Cut, Passes, fold_batch_norm
+from fastalps.inputs import unit_pixels
+from fastalps.models import ALPS
+
+logger = logging.getLogger("fastalps")
+
+# Floating-point operations of a native call at most, but for a single frame: Ctrl-C waits for one.
+CALL_FLOP = 2e10
+
+_library = torch.library.Library("fastalps", "FRAGMENT")
+_library.define(
+    "engine_images(Tensor images, Tensor plan, Tensor weights, Tensor? noise, bool normal, "
+    "bool perturbed) -> Tensor"
+)
+_library.define(
+    "engine_frames(Tensor frames, Tensor? background, float threshold, int[2] stride, bool cover, "
+    "Tensor plan, Tensor weights, Tensor? noise, bool normal, bool perturbed) -> (Tensor, Tensor)"
+)
+
+
+def why_not(device: torch.device, precision: str) -> str:
+    """Why the engine cannot score on this device in this precision; empty where it can."""
+    if device.type != "cpu":
+        return f"the engine runs on CPUs, not on {device.type} devices"
+    if precision != "fp32":
+        return f"the engine computes in fp32, not in {precision}"
+    native = backends.load_native("cpu")
+    return "" if native.available else native.reason
+
+
+@functools.cache
+def log_layer_by_layer(reason: str) -> None:
+    """Says once for each reason that a model is scored layer by layer."""
+    logger.info("scoring layer by layer: %s", reason)
+
+
+class Engine:
+    """Errors of images and frames under a private, packed copy of an ALPS model, in fp32.
+
+    A score depends neither on the other images of the call, nor on the number of threads
+    (`torch.get_num_threads()`). Calls may come from several threads at once.
+
+    Args:
+        model: an `fastalps.ALPS`; copied, so that later changes to it do not show.
+        minimal: use algorithms with fewer multiplications (see `fastalps.engine.axes`); False:
+            direct convolutions, for comparison.
+    """
+
+    def __init__(self, model: ALPS, minimal: bool = True) -> None:
+        self.device = torch.device("cpu")
+        # Folded and mixed in float64: weights round once.
+        network = copy.deepcopy(model).eval().requires_grad_(False).to("cpu", torch.float64)
+        fold_batch_norm(network)
+        self.config = model.config
+        self.plan, self.weights = pack(network, minimal)
+        self.call_size = max(1, int(CALL_FLOP / model.flops()))
+
+    @torch.inference_mode()
+    def errors(self, images: Tensor, passes: Passes) -> Tensor:
+        """Mean squared errors of the reconstructions.
+
+        Args:
+            images: (N, C, H, W), uint8 (0 to 255) or floating (0 to 1), any strides; N may be 0.
+            passes: "normal", "perturbed" or "both".
+
+        Returns:
+            (1, N) float32, or (2, N) for "both": normal, then perturbed.
+        """
+        images = _accepted(images)
+        found = [self._call(part, passes) for part in images.split(self.call_size)]
+        return torch.cat(found, 1)
+
+    def _call(self, images: Tensor, passes: Passes) -> Tensor:
+        noise, flags = self._passes(images.shape[0], passes)
+        errors = torch.ops.fastalps.engine_images(images, self.plan, self.weights, noise, *flags)
+        return self._rows(errors, passes)
+
+    @torch.inference_mode()
+    def frame_errors(
+        self,
+        frames: Tensor,
+        cut: Cut,
+        passes: Passes,
+        background: Tensor | None = None,
+        threshold: float = 0.0,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Errors of the patches of frames; with a background, of those that differ from it.
+
+        Args:
+            frames: (N, H, W) or (N, C, H, W), as for `errors`; uint8 (N, H, W) with a background.
+            cut: patch size, stride and edge.
+            passes: see `errors`.
+            background: uint8 (H, W) of the motion gate; None = every patch is scored.
+            threshold: of the gate, see `fastalps.ops.active_patches`.
+
+        Returns:
+            errors (rows, N, P) float32, 0 where the gate dropped the patch, and kept bool (N, P),
+            or None without a background.
+        """
+        frames = _accepted(frames if frames.dim() == 4 else frames.unsqueeze(1))
+        _, stride, edge = cut
+        rows, columns = ops.patch_grid(frames.shape[-2:], *cut)
+        patches = len(rows) * len(columns)
+        pieces = []
+        for part in frames.split(max(1, self.call_size // patches)):
+            noise, flags = self._passes(part.shape[0] * patches, passes)
+            pieces.append(
+                torch.ops.fastalps.engine_frames(
+                    part, background, float(threshold), stride, edge != "drop",
+                    self.plan, self.weights, noise, *flags,
+                )
+            )  # fmt: skip
+        errors = self._rows(torch.cat([errors for errors, _ in pieces], 1), passes)
+        if background is None:
+            return errors, None
+        return errors, torch.cat([kept for _, kept in pieces])
+
+    def _passes(self, count: int, passes: Passes) -> tuple[Tensor | None, tuple[bool, bool]]:
+        """What the native call takes for `passes`: noise, and which passes to run."""
+        if self.config.perturbation == "none":  # both passes are the same
+            return None, (True, False)
+        noise = None
+        if self.config.perturbation == "noise" and passes != "normal":
+            noise = torch.randn(count, self.config.latent)
+        return noise, (passes != "perturbed", passes != "normal")
+
+    def _rows(self, errors: Tensor, passes: Passes) -> Tensor:
+        if passes == "both" and errors.shape[0] == 1:
+            return errors.repeat(2, *[1] * (errors.dim() - 1))
+        return errors
+
+
+def _accepted(pixels: Tensor) -> Tensor:
+    return pixels if pixels.dtype in (torch.uint8, torch.float32) else unit_pixels(pixels)

@@ -1,0 +1,117 @@
+"""A trained ALPS model as the engine's plan (int64) and weights (float32)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastalps.engine import axes
+from fastalps.engine.axes import Axis
+from fastalps.models import ALPS, BOUNDS, Encoder
+
+# As csrc/cpu/engine.h: output channels whose weights lie side by side.
+TILE = 4
+# Results of an axis that are computed at once: what keeps the sums of a band in the caches.
+BAND = 12
+
+
+class Packer:
+    """Collects layers in the order that csrc/cpu/engine_plan.cpp reads them."""
+
+    def __init__(self, minimal: bool = True) -> None:
+        self.minimal = minimal
+        self.plan: list[int] = []
+        self.weights: list[Tensor] = []
+
+    def packed(self) -> tuple[Tensor, Tensor]:
+        return torch.tensor(self.plan, dtype=torch.int64), torch.cat(self.weights)
+
+    def encoder(self, encoder: Encoder, sizes: Sequence[tuple[int, int]], slope: float) -> None:
+        """Four strided convolutions; the last one with the average pooling behind it."""
+        convolutions = [layer for layer in encoder.layers if isinstance(layer, nn.Conv2d)]
+        self.plan.append(len(convolutions))
+        *hidden, last = convolutions
+        for layer, (height, width) in zip(hidden, sizes, strict=False):
+            rows, columns = (axes.strided(n, self.minimal, BAND) for n in (height, width))
+            self._layer(layer.weight, layer.bias, rows, columns, slope)
+        (height, width), pixels = sizes[3], sizes[4][0] * sizes[4][1]
+        self._layer(last.weight / pixels, last.bias, axes.pooled(height), axes.pooled(width), 1.0)
+
+    def decoder(self, model: ALPS, slope: float) -> None:
+        """The dense layer, four transposed strided convolutions, and two of stride 1."""
+        decoder, sizes = model.decoder, model.config.map_sizes()[::-1]
+        *halves, inner, last = (m for m in decoder.layers if isinstance(m, nn.ConvTranspose2d))
+        self.plan.append(len(halves) + 3)
+        # From (channel, pixel), the order of its outputs, to (pixel, channel).
+        start, pixels = decoder.start[0], sizes[0][0] * sizes[0][1]
+        dense, bias = (
+            value.unflatten(0, (start, pixels)).transpose(0, 1).flatten(0, 1)
+            for value in (decoder.dense.weight, decoder.dense.bias)
+        )
+        self._layer(dense[:, :, None, None], bias, axes.point(), axes.point(), slope)
+        for layer, small, large in zip(halves, sizes, sizes[1:], strict=False):
+            rows, columns = (
+                axes.transposed(n, m, self.minimal, BAND) for n, m in zip(small, large, strict=True)
+            )
+            self._layer(layer.weight.transpose(0, 1), layer.bias, rows, columns, slope)
+        for layer, minimal, after in ((inner, self.minimal, slope), (last, False, 1.0)):
+            rows, columns = (axes.same(n, minimal, BAND) for n in sizes[-1])
+            self._layer(layer.weight.transpose(0, 1), layer.bias, rows, columns, after)
+
+    def _layer(
+        self, weight: Tensor, bias: Tensor | None, rows: Axis, columns: Axis, slope: float
+    ) -> None:
+        """`weight`: float64 (out, in, height, width), as of a convolution."""
+        outputs, inputs = weight.shape[:2]
+        self.plan += [inputs, outputs]
+        filters = []
+        for axis, taps in ((rows, weight.shape[2]), (columns, weight.shape[3])):
+            self._axis(axis)
+            mixes = [[float(tap) for tap in mix[:taps]] for mix in axis.filters]
+            filters.append(torch.tensor(mixes, dtype=torch.float64))
+        mixed = torch.einsum("ry,cx,oiyx->rcoi", filters[0], filters[1], weight)
+        bias = torch.zeros(outputs, dtype=torch.float64) if bias is None else bias
+        self.weights += [torch.tensor([slope]), bias.float(), _tiled(mixed).float()]
+
+    def _axis(self, axis: Axis) -> None:
+        self.plan += [axis.inputs, axis.outputs, len(axis.filters), len(axis.bands)]
+        for band in axis.bands:
+            for sums in (band.values, band.products):
+                self.plan.append(len(sums))
+                for terms in sums:
+                    self.plan += [len(terms), *(number for term in terms for number in term)]
+            self.plan.append(len(band.results))
+            for result in band.results:
+                self.plan += [result.output, len(result.terms)]
+                self.plan += [number for term in result.terms for number in term]
+
+
+def _tiled(filters: Tensor) -> Tensor:
+    """(R, C, out, in) -> flat, as (R, C, tile of out, in, out within the tile)."""
+    return torch.cat(
+        [tile.transpose(2, 3).flatten(2) for tile in filters.split(TILE, dim=2)], dim=2
+    ).flatten()
+
+
+def pack(model: ALPS, minimal: bool = True) -> tuple[Tensor, Tensor]:
+    """The plan and the weights of a model whose batch norms are folded, in float64.
+
+    Args:
+        model: see `fastalps.inference.fold_batch_norm`.
+        minimal: use algorithms with fewer multiplications, see `fastalps.engine.axes`.
+    """
+    config, sizes = model.config, model.config.map_sizes()
+    packer = Packer(minimal)
+    packer.plan += [config.channels, *config.image_size, config.latent]
+    # The bound is the distorter's: noise has none.
+    packer.plan.append(BOUNDS.index("none" if model.distorter is None else config.bound))
+    packer.weights.append(torch.tensor([config.strength]))
+    packer.encoder(model.encoder, sizes, config.negative_slope)
+    if model.distorter is None:
+        packer.plan.append(0)
+    else:
+        packer.encoder(model.distorter.encoder, sizes, config.negative_slope)
+    packer.decoder(model, config.negative_slope)
+    return packer.packed()
