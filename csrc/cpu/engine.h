@@ -12,7 +12,7 @@
 
 namespace fastalps {
 
-// In values and results: an index and an integer factor. In products: a value and a filter.
+// In values: an input and an integer factor. In products: a value and a filter.
 struct Term {
   int32_t index, factor;
 };
@@ -20,18 +20,32 @@ struct Term {
 struct Sum {
   const Term* terms;
   int32_t count;
-  // Results: the output. Products: the place of the result that is this product alone, or -1.
-  int32_t target;
   bool plain;  // one term of factor 1: no arithmetic
+  bool tiled;  // values: computed by a tile's transform
+  // Products: the place of the result that is this product alone, or -1.
+  int32_t result;
+};
+
+// The algorithms of several results at once, as in fastalps/engine/axes.py.
+enum class Algorithm { kF22, kF32, kF23, kF43, kF32Plus };
+constexpr int kAlgorithms = 5;
+constexpr int kTileInputs[kAlgorithms] = {3, 4, 4, 6, 4};
+constexpr int kTileProducts[kAlgorithms] = {3, 4, 4, 6, 5};
+constexpr int kTileResults[kAlgorithms] = {2, 3, 2, 4, 3};
+
+struct Tile {
+  Algorithm algorithm;
+  int32_t inputs[6];  // -1: zero
+  int32_t first_value, first_product, first_result, step;
 };
 
 // Consecutive results of an axis, computed at once.
 struct Band {
   const Sum* values;
   const Sum* products;
-  const Sum* results;
-  int32_t value_count, product_count, result_count;
-  int32_t first_input, last_input;  // inclusive
+  const Tile* tiles;
+  int32_t value_count, product_count, tile_count;
+  int32_t first_result, result_count;
 };
 
 struct AxisPlan {
@@ -46,9 +60,9 @@ struct Layer {
   float slope;           // of the leaky ReLU; 1: none
   const float* bias;     // (out_channels)
   const float* weights;  // (row filter, column filter, tile of kTile out_channels, channel, tile)
-  // Channels of working memory: of a combined row, of the values and the products of a band, and of
-  // results that wait for other rows.
-  int64_t row_size, value_size, product_size, partial_size;
+  // Channels of working memory: of the values and the products of a band, and of results that wait
+  // for other rows.
+  int64_t value_size, product_size, partial_size;
 };
 
 // Vectors in a value at most. With kTile they fill the 16 registers of AVX2: 12 sums.
@@ -58,10 +72,10 @@ constexpr int kTile = 4;
 // Terms of a product along one axis; values of a band along one axis. The plan's reader checks.
 constexpr int kMostTerms = 3;
 constexpr int kMostValues = 64;
-constexpr int kMostSummed = 16;      // terms of a value
-constexpr int kMostResultTerms = 5;  // of a result
+constexpr int kMostSummed = 64;  // terms of a value
 constexpr int kMostFactor = 1 << 10;
-constexpr int kMostProducts = 1 << 16;
+constexpr int kMostTileTerms = 4;  // of a tile's value
+constexpr int kMostSums = 1 << 16;
 
 enum class Bound { kNone, kTanh, kNorm };
 
@@ -75,10 +89,11 @@ struct Network {
   int64_t encoder_layers, distorter_layers, decoder_layers;
   // Floats of a single lane: the largest activation, and the working memory of the largest layer.
   int64_t activation, working;
+  int64_t widest;  // channels of the input of the widest layer
 
   int64_t pixels() const { return channels * height * width; }
   // Floats that a block needs, for each lane.
-  int64_t scratch() const { return pixels() + 2 * activation + 2 * latent + working; }
+  int64_t scratch() const { return pixels() + 2 * activation + 2 * latent + widest + working; }
 };
 
 struct EngineArguments {

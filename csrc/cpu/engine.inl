@@ -1,73 +1,5 @@
 // Runs a block of patches through the whole network: pixels in, errors out.
 
-// max(x, slope * x): the leaky ReLU for slopes up to 1.
-inline Vec leaky(Vec x, Vec slope) {
-  const Vec low = x * slope;
-#if defined(FASTALPS_AVX512)
-  return bits_of<Vec>(_mm512_maskz_max_ps(0xffff, bits_of<__m512>(x), bits_of<__m512>(low)));
-#elif defined(FASTALPS_AVX2)
-  return bits_of<Vec>(_mm256_max_ps(bits_of<__m256>(x), bits_of<__m256>(low)));
-#else
-  return x > low ? x : low;
-#endif
-}
-
-// What is done to a result on its way to memory: nothing, or the bias and the activation.
-struct Epilogue {
-  const float* bias;  // null: nothing
-  float slope;
-};
-
-// `to` = sum of factors[i] * from[i] over `channels` values.
-template <int V, int Count>
-inline void combine_of(float* to, const float* const* from, const float* factors, int64_t channels,
-                       const Epilogue& epilogue) {
-  Vec factor[Count];
-  for (int i = 0; i < Count; ++i) factor[i] = splat(factors[i]);
-  const Vec slope = splat(epilogue.slope);
-  for (int64_t c = 0; c < channels; ++c) {
-    const Vec bias = epilogue.bias ? splat(epilogue.bias[c]) : Vec{};
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const int64_t at = (c * V + v) * kLanes;
-      Vec sum = factor[0] * load(from[0] + at) + bias;
-#pragma GCC unroll 8
-      for (int i = 1; i < Count; ++i) sum += factor[i] * load(from[i] + at);
-      store(to + at, epilogue.bias ? leaky(sum, slope) : sum);
-    }
-  }
-}
-
-// The same for any number of terms: `from(i)` is where the values of term i begin.
-template <int V, typename From>
-inline void combine(float* to, const Sum& sum, int64_t channels, const Epilogue& epilogue,
-                    const From& from) {
-  const float* sources[kMostSummed];
-  float factors[kMostSummed];
-  for (int i = 0; i < sum.count; ++i) {
-    sources[i] = from(sum.terms[i].index);
-    factors[i] = static_cast<float>(sum.terms[i].factor);
-  }
-  switch (sum.count) {
-    case 1:
-      return combine_of<V, 1>(to, sources, factors, channels, epilogue);
-    case 2:
-      return combine_of<V, 2>(to, sources, factors, channels, epilogue);
-    case 3:
-      return combine_of<V, 3>(to, sources, factors, channels, epilogue);
-    case 4:
-      return combine_of<V, 4>(to, sources, factors, channels, epilogue);
-    case 5:
-      return combine_of<V, 5>(to, sources, factors, channels, epilogue);
-    default:
-      for (int64_t i = 0; i < channels * V * kLanes; i += kLanes) {
-        Vec total = {};
-        for (int t = 0; t < sum.count; ++t) total += factors[t] * load(sources[t] + i);
-        store(to + i, total);
-      }
-  }
-}
-
 // A product over several terms: pointers to the values of each, and to its filter's weights.
 struct Product {
   const float* values[kMostTerms * kMostTerms];
@@ -128,6 +60,32 @@ __attribute__((always_inline)) inline void multiply(const Product& product, int6
   }
 }
 
+// One output channel of kTile pixels that have the same filters: each weight is loaded once.
+template <int V>
+inline void multiply_pixels(const Product* products, int64_t channels, float* const* to,
+                            const Epilogue& epilogue) {
+  Vec sums[kTile][V] = {};
+  for (int t = 0; t < products[0].count; ++t) {
+    const float* x[kTile];
+    for (int p = 0; p < kTile; ++p) x[p] = products[p].values[t];
+    const float* w = products[0].weights[t];
+    for (int64_t c = 0; c < channels; ++c) {
+      const Vec weight = splat(w[c]);
+#pragma GCC unroll 4
+      for (int p = 0; p < kTile; ++p) {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sums[p][v] += weight * load(x[p] + (c * V + v) * kLanes);
+      }
+    }
+  }
+  const Vec bias = splat(epilogue.bias ? epilogue.bias[0] : 0.0f), slope = splat(epilogue.slope);
+#pragma GCC unroll 4
+  for (int p = 0; p < kTile; ++p) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(to[p] + v * kLanes, leaky(sums[p][v] + bias, slope));
+  }
+}
+
 template <int V>
 inline void multiply_all(const Product& product, const Layer& layer, float* to,
                          const Epilogue& epilogue) {
@@ -148,93 +106,175 @@ inline void multiply_all(const Product& product, const Layer& layer, float* to,
   }
 }
 
-// One band of rows by one of columns.
+// A band of rows by a band of columns, row product by row product.
 template <int V>
-void run_tile(const Layer& layer, const Band& rows, const Band& columns, const float* in,
-              float* out, float* scratch) {
-  constexpr int64_t kValue = V * kLanes;
-  const int64_t in_channels = layer.in_channels, out_channels = layer.out_channels;
-  const int64_t filter_size = in_channels * out_channels;
-  float* const row = scratch;
-  float* const values = row + layer.row_size * kValue;
-  float* const products = values + layer.value_size * kValue;
-  float* const partial = products + layer.product_size * kValue;
-  const int64_t first_output = columns.results[0].target;
-  const Epilogue none = {nullptr, 1.0f}, last = {layer.bias, layer.slope};
-  const auto in_at = [&](int64_t y, int64_t x) {
-    return in + (y * layer.columns.inputs + x) * in_channels * kValue;
-  };
-  const auto out_at = [&](int64_t y, int64_t place) {
-    return out + (y * layer.columns.outputs + first_output + place) * out_channels * kValue;
-  };
-  const auto partial_at = [&](int64_t m, int64_t place) {
-    return partial + (m * columns.result_count + place) * out_channels * kValue;
-  };
+struct BandRunner {
+  static constexpr int64_t kValue = V * kLanes;
+  const Layer& layer;
+  const Band &rows, &columns;
+  const float *in, *zeros;
+  float *out, *values, *products, *partial;
 
-  for (int m = 0; m < rows.product_count; ++m) {
-    const Sum& outer = rows.products[m];
-    const bool final_row = outer.target >= 0;
-    const auto result_at = [&](int64_t place) {
-      return final_row ? out_at(rows.results[outer.target].target, place) : partial_at(m, place);
-    };
-    const Epilogue& epilogue = final_row ? last : none;
+  const float* in_at(int64_t y, int64_t x) const {
+    return in + (y * layer.columns.inputs + x) * layer.in_channels * kValue;
+  }
+  float* out_at(int64_t row_place, int64_t place) const {
+    const int64_t y = rows.first_result + row_place, x = columns.first_result + place;
+    return out + (y * layer.columns.outputs + x) * layer.out_channels * kValue;
+  }
+  float* partial_at(int64_t m, int64_t place) const {
+    return partial + (m * columns.result_count + place) * layer.out_channels * kValue;
+  }
 
-    const float* at[kMostTerms][kMostValues];
-    for (int t = 0; t < outer.count; ++t) {
-      const Sum& value = rows.values[outer.terms[t].index];
-      const float* line = in_at(value.terms[0].index, columns.first_input);
-      if (!value.plain) {
-        const int64_t width = columns.last_input - columns.first_input + 1;
-        combine<V>(row, value, width * in_channels, none,
-                   [&](int y) { return in_at(y, columns.first_input); });
-        line = row;
-      }
-      const auto line_at = [&](int x) {
-        return line + (x - columns.first_input) * in_channels * kValue;
-      };
-      for (int v = 0; v < columns.value_count; ++v) {
-        const Sum& inner = columns.values[v];
-        if (inner.plain && value.plain) {
-          at[t][v] = line_at(inner.terms[0].index);
-          continue;
-        }
-        float* to = values + (t * columns.value_count + v) * in_channels * kValue;
-        combine<V>(to, inner, in_channels, none, line_at);
-        at[t][v] = to;
-      }
-    }
-
-    for (int n = 0; n < columns.product_count; ++n) {
-      const Sum& inner = columns.products[n];
-      Product product;
-      product.count = 0;
-      for (int t = 0; t < outer.count; ++t) {
-        for (int u = 0; u < inner.count; ++u) {
-          const int64_t filter =
-              outer.terms[t].factor * layer.columns.filters + inner.terms[u].factor;
-          product.values[product.count] = at[t][inner.terms[u].index];
-          product.weights[product.count++] = layer.weights + filter * filter_size;
-        }
-      }
-      if (inner.target >= 0) {
-        multiply_all<V>(product, layer, result_at(inner.target), epilogue);
+  // Values of all columns for one sum of rows; where each begins.
+  void prepare(const Sum& row, float* room, const float** at) const {
+    const int64_t size = layer.in_channels * kValue;
+    for (int v = 0; v < columns.value_count; ++v) {
+      const Sum& column = columns.values[v];
+      at[v] = room + v * size;
+      if (column.tiled) continue;
+      if (row.plain && column.plain) {
+        at[v] = in_at(row.terms[0].index, column.terms[0].index);
       } else {
-        multiply_all<V>(product, layer, products + n * out_channels * kValue, none);
+        sum_inputs(room + v * size, row, column, size,
+                   [&](int64_t y, int64_t x) { return in_at(y, x); });
       }
     }
-    for (int r = 0; r < columns.result_count; ++r) {
-      const Sum& result = columns.results[r];
-      if (result.plain) continue;
-      combine<V>(result_at(r), result, out_channels, epilogue,
-                 [&](int n) { return products + n * out_channels * kValue; });
+    for (int t = 0; t < columns.tile_count; ++t) {
+      const Tile& tile = columns.tiles[t];
+      const float* lines[kMostTileTerms][6];
+      float factors[kMostTileTerms];
+      for (int r = 0; r < row.count; ++r) {
+        factors[r] = static_cast<float>(row.terms[r].factor);
+        for (int n = 0; n < kTileInputs[static_cast<int>(tile.algorithm)]; ++n) {
+          lines[r][n] = tile.inputs[n] < 0 ? zeros : in_at(row.terms[r].index, tile.inputs[n]);
+        }
+      }
+      float* to = room + tile.first_value * size;
+      with_algorithm(tile.algorithm, [&](auto type) {
+        typedef typename decltype(type)::type A;
+        if (row.plain) return tile_values<A, 1>(lines, factors, to, size, size);
+        if (row.count <= 2) {
+          // A second row of zeros where there is none.
+          if (row.count == 1) {
+            factors[1] = 0.0f;
+            for (int n = 0; n < 6; ++n) lines[1][n] = zeros;
+          }
+          return tile_values<A, 2>(lines, factors, to, size, size);
+        }
+        if (row.count == 3) return tile_values<A, 3>(lines, factors, to, size, size);
+        tile_values<A, 4>(lines, factors, to, size, size);
+      });
     }
   }
-  for (int r = 0; r < rows.result_count; ++r) {
-    const Sum& result = rows.results[r];
-    if (result.plain) continue;
-    for (int place = 0; place < columns.result_count; ++place) {
-      combine<V>(out_at(result.target, place), result, out_channels, last,
-                 [&](int m) { return partial_at(m, place); });
+
+  Product product_of(const Sum& outer, const Sum& inner,
+                     const float* const (*at)[kMostValues]) const {
+    Product product;
+    product.count = 0;
+    for (int t = 0; t < outer.count; ++t) {
+      for (int u = 0; u < inner.count; ++u) {
+        const int64_t filter =
+            outer.terms[t].factor * layer.columns.filters + inner.terms[u].factor;
+        product.values[product.count] = at[t][inner.terms[u].index];
+        product.weights[product.count++] =
+            layer.weights + filter * layer.in_channels * layer.out_channels;
+      }
+    }
+    return product;
+  }
+
+  // Whether the kTile products from `n` on are results, and of the same filters.
+  bool same_filters(int n) const {
+    if (n + kTile > columns.product_count) return false;
+    const Sum& first = columns.products[n];
+    for (int p = 0; p < kTile; ++p) {
+      const Sum& other = columns.products[n + p];
+      if (other.result < 0 || other.count != first.count) return false;
+      for (int u = 0; u < first.count; ++u) {
+        if (other.terms[u].factor != first.terms[u].factor) return false;
+      }
+    }
+    return true;
+  }
+
+  void run() const {
+    const Epilogue none = {nullptr, 1.0f}, last = {layer.bias, layer.slope};
+    const int64_t out_size = layer.out_channels * kValue;
+    for (int m = 0; m < rows.product_count; ++m) {
+      const Sum& outer = rows.products[m];
+      const bool final_row = outer.result >= 0;
+      const Epilogue& epilogue = final_row ? last : none;
+      const auto result_at = [&](int64_t place) {
+        return final_row ? out_at(outer.result, place) : partial_at(m, place);
+      };
+      const float* at[kMostTerms][kMostValues];
+      for (int t = 0; t < outer.count; ++t) {
+        float* room = values + t * columns.value_count * layer.in_channels * kValue;
+        prepare(rows.values[outer.terms[t].index], room, at[t]);
+      }
+      for (int n = 0; n < columns.product_count; ++n) {
+        const Sum& inner = columns.products[n];
+        if (layer.out_channels == 1 && same_filters(n)) {
+          Product pixels[kTile];
+          float* to[kTile];
+          for (int p = 0; p < kTile; ++p) {
+            pixels[p] = product_of(outer, columns.products[n + p], at);
+            to[p] = result_at(columns.products[n + p].result);
+          }
+          multiply_pixels<V>(pixels, layer.in_channels, to, epilogue);
+          n += kTile - 1;
+          continue;
+        }
+        const Product product = product_of(outer, inner, at);
+        if (inner.result >= 0) {
+          multiply_all<V>(product, layer, result_at(inner.result), epilogue);
+        } else {
+          multiply_all<V>(product, layer, products + n * out_size, none);
+        }
+      }
+      for (int t = 0; t < columns.tile_count; ++t) {
+        const Tile& tile = columns.tiles[t];
+        finish(tile, products + tile.first_product * out_size, out_size, epilogue, result_at);
+      }
+    }
+    for (int t = 0; t < rows.tile_count; ++t) {
+      const Tile& tile = rows.tiles[t];
+      for (int64_t place = 0; place < columns.result_count; ++place) {
+        finish(tile, partial_at(tile.first_product, place), columns.result_count * out_size, last,
+               [&](int64_t row_place) { return out_at(row_place, place); });
+      }
+    }
+  }
+
+  // The results of a tile; `result_at(place)` is where the one at this place of its band belongs.
+  template <typename F>
+  void finish(const Tile& tile, const float* from, int64_t distance, const Epilogue& epilogue,
+              const F& result_at) const {
+    float* to[4];
+    for (int r = 0; r < kTileResults[static_cast<int>(tile.algorithm)]; ++r) {
+      to[r] = result_at(tile.first_result + r * tile.step);
+    }
+    with_algorithm(tile.algorithm, [&](auto type) {
+      tile_results<typename decltype(type)::type, V>(from, distance, to, layer.out_channels,
+                                                     epilogue);
+    });
+  }
+};
+
+template <int V>
+void run_layer(const Layer& layer, const float* in, float* out, const float* zeros,
+               float* working) {
+  constexpr int64_t kValue = V * kLanes;
+  float* const values = working;
+  float* const products = values + layer.value_size * kValue;
+  float* const partial = products + layer.product_size * kValue;
+  for (int r = 0; r < layer.rows.band_count; ++r) {
+    for (int c = 0; c < layer.columns.band_count; ++c) {
+      const BandRunner<V> runner = {
+          layer,  layer.rows.bands[r], layer.columns.bands[c], in, zeros, out, values, products,
+          partial};
+      runner.run();
     }
   }
 }
@@ -242,14 +282,9 @@ void run_tile(const Layer& layer, const Band& rows, const Band& columns, const f
 // All layers in turn, between two buffers; returns where the last one wrote.
 template <int V>
 const float* run_layers(const Layer* layers, int64_t count, const float* in, float* ping,
-                        float* pong, float* working) {
+                        float* pong, const float* zeros, float* working) {
   for (int64_t i = 0; i < count; ++i) {
-    for (int r = 0; r < layers[i].rows.band_count; ++r) {
-      for (int c = 0; c < layers[i].columns.band_count; ++c) {
-        run_tile<V>(layers[i], layers[i].rows.bands[r], layers[i].columns.bands[c], in, ping,
-                    working);
-      }
-    }
+    run_layer<V>(layers[i], in, ping, zeros, working);
     in = ping;
     ping = pong;
     pong = const_cast<float*>(in);
@@ -352,7 +387,9 @@ void engine_block_of(const EngineArguments& a, int64_t first, int64_t count, flo
   float* pong = ping + network.activation * kValue;
   float* latent = pong + network.activation * kValue;
   float* perturbation = latent + network.latent * kValue;
-  float* working = perturbation + network.latent * kValue;
+  float* zeros = perturbation + network.latent * kValue;
+  float* working = zeros + network.widest * kValue;
+  __builtin_memset(zeros, 0, network.widest * kValue * sizeof(float));
   const int64_t latent_bytes = network.latent * kValue * sizeof(float);
   float* errors = a.errors;
 
@@ -363,22 +400,23 @@ void engine_block_of(const EngineArguments& a, int64_t first, int64_t count, flo
   }
   const auto decode = [&] {
     const float* logits =
-        run_layers<V>(network.decoder, network.decoder_layers, latent, ping, pong, working);
+        run_layers<V>(network.decoder, network.decoder_layers, latent, ping, pong, zeros, working);
     store_errors<V>(a, first, count, logits, images, errors);
     errors += a.error_count;
   };
   __builtin_memcpy(
-      latent, run_layers<V>(network.encoder, network.encoder_layers, images, ping, pong, working),
+      latent,
+      run_layers<V>(network.encoder, network.encoder_layers, images, ping, pong, zeros, working),
       latent_bytes);
   if (a.normal) decode();
   if (!a.perturbed) return;
   if (a.noise) {
     load_noise<V>(a, first, count, perturbation);
   } else {
-    __builtin_memcpy(
-        perturbation,
-        run_layers<V>(network.distorter, network.distorter_layers, images, ping, pong, working),
-        latent_bytes);
+    __builtin_memcpy(perturbation,
+                     run_layers<V>(network.distorter, network.distorter_layers, images, ping, pong,
+                                   zeros, working),
+                     latent_bytes);
   }
   perturb<V>(network, latent, perturbation);
   decode();

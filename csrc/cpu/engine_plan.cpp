@@ -52,25 +52,82 @@ const float* EnginePlan::floats(int64_t count) {
 }
 
 // A list of sums whose terms have an index below `indices` and a second number from low to high.
-int32_t EnginePlan::sums(std::deque<std::vector<Sum>>& into, int32_t fewest, int32_t most_terms,
-                         int64_t indices, int64_t low, int64_t high, bool targets,
-                         int64_t outputs) {
-  const int64_t count = next(fewest, kMostProducts);
-  std::vector<Sum>& list = into.emplace_back();
+std::vector<Sum>& EnginePlan::sums(int64_t most_terms, int64_t indices, int64_t low, int64_t high) {
+  std::vector<Sum>& list = sums_.emplace_back();
+  const int64_t count = next(1, kMostSums);
   for (int64_t i = 0; i < count; ++i) {
-    Sum sum{nullptr, 0, -1, false};
-    if (targets) sum.target = static_cast<int32_t>(next(0, outputs - 1));
-    sum.count = static_cast<int32_t>(next(1, most_terms));
+    const int64_t length = next(1, most_terms);
     std::vector<Term>& terms = terms_.emplace_back();
-    for (int32_t t = 0; t < sum.count; ++t) {
+    for (int64_t t = 0; t < length; ++t) {
       const int64_t index = next(0, indices - 1);
       terms.push_back({static_cast<int32_t>(index), static_cast<int32_t>(next(low, high))});
     }
-    sum.terms = terms.data();
-    sum.plain = sum.count == 1 && terms[0].factor == 1;
-    list.push_back(sum);
+    const bool plain = length == 1 && terms[0].factor == 1;
+    list.push_back({terms.data(), static_cast<int32_t>(length), plain, false, -1});
   }
-  return static_cast<int32_t>(count);
+  return list;
+}
+
+std::vector<Tile>& EnginePlan::tiles(const AxisPlan& axis, std::vector<Sum>& values,
+                                     const std::vector<Sum>& products, std::vector<bool>& found) {
+  std::vector<Tile>& list = tiles_.emplace_back();
+  const int64_t count = next(0, kMostSums);
+  for (int64_t i = 0; i < count; ++i) {
+    Tile tile{};
+    const int64_t number = next(0, kAlgorithms - 1);
+    tile.algorithm = static_cast<Algorithm>(number);
+    for (int n = 0; n < kTileInputs[number]; ++n) {
+      tile.inputs[n] = static_cast<int32_t>(next(-1, axis.inputs - 1));
+    }
+    const auto room = [](size_t all, int64_t taken) { return static_cast<int64_t>(all) - taken; };
+    tile.first_value = static_cast<int32_t>(next(0, room(values.size(), kTileInputs[number])));
+    tile.first_product =
+        static_cast<int32_t>(next(0, room(products.size(), kTileProducts[number])));
+    tile.first_result = static_cast<int32_t>(next(0, kMost));
+    tile.step = static_cast<int32_t>(next(1, 2));
+    for (int v = 0; v < kTileInputs[number]; ++v) {
+      values[tile.first_value + v].tiled = true;
+      if (values[tile.first_value + v].count > kMostTileTerms) fail("a tile's value");
+    }
+    for (int p = 0; p < kTileProducts[number]; ++p) {
+      if (products[tile.first_product + p].result >= 0) fail("a product has two uses");
+    }
+    for (int r = 0; r < kTileResults[number]; ++r) {
+      const size_t place = tile.first_result + r * tile.step;
+      if (place >= found.size() || found[place]) fail("the results of a tile");
+      found[place] = true;
+    }
+    list.push_back(tile);
+  }
+  return list;
+}
+
+Band EnginePlan::band(const AxisPlan& axis, int32_t first_result) {
+  Band band{};
+  std::vector<Sum>& values = sums(kMostSummed, axis.inputs, -kMostFactor, kMostFactor);
+  std::vector<Sum>& products =
+      sums(kMostTerms, static_cast<int64_t>(values.size()), 0, axis.filters - 1);
+  const int64_t results = next(1, axis.outputs - first_result);
+  std::vector<bool> found(results);
+  for (int64_t r = 0; r < results; ++r) {
+    const int64_t product = next(-1, static_cast<int64_t>(products.size()) - 1);
+    if (product < 0) continue;
+    // Written in its place at once, it cannot be read again.
+    if (products[product].result >= 0) fail("a product has two uses");
+    products[product].result = static_cast<int32_t>(r);
+    found[r] = true;
+  }
+  const std::vector<Tile>& list = tiles(axis, values, products, found);
+  if (std::find(found.begin(), found.end(), false) != found.end()) fail("a result is missing");
+  band.values = values.data();
+  band.products = products.data();
+  band.tiles = list.data();
+  band.value_count = static_cast<int32_t>(values.size());
+  band.product_count = static_cast<int32_t>(products.size());
+  band.tile_count = static_cast<int32_t>(list.size());
+  band.first_result = first_result;
+  band.result_count = static_cast<int32_t>(results);
+  return band;
 }
 
 AxisPlan EnginePlan::axis() {
@@ -80,41 +137,12 @@ AxisPlan EnginePlan::axis() {
   axis.filters = static_cast<int32_t>(next(1, kMost));
   axis.band_count = static_cast<int32_t>(next(1, axis.outputs));
   std::vector<Band>& bands = bands_.emplace_back();
-  int32_t output = 0;
+  int32_t result = 0;
   for (int32_t b = 0; b < axis.band_count; ++b) {
-    Band band{};
-    band.value_count =
-        sums(sums_, 1, kMostSummed, axis.inputs, -kMostFactor, kMostFactor, false, 0);
-    band.values = sums_.back().data();
-    band.product_count =
-        sums(sums_, 1, kMostTerms, band.value_count, 0, axis.filters - 1, false, 0);
-    Sum* products = sums_.back().data();
-    band.products = products;
-    band.result_count = sums(sums_, 1, kMostResultTerms, band.product_count, -kMostFactor,
-                             kMostFactor, true, axis.outputs);
-    band.results = sums_.back().data();
-    std::vector<int32_t> uses(band.product_count);
-    for (int32_t r = 0; r < band.result_count; ++r) {
-      if (band.results[r].target != output++) fail("results out of order");
-      for (int32_t t = 0; t < band.results[r].count; ++t) ++uses[band.results[r].terms[t].index];
-    }
-    for (int32_t r = 0; r < band.result_count; ++r) {
-      const int32_t product = band.results[r].terms[0].index;
-      if (!band.results[r].plain) continue;
-      // Written in its place at once, it cannot be read again.
-      if (uses[product] != 1) fail("a result shares its only product");
-      products[product].target = r;
-    }
-    band.first_input = axis.inputs - 1;
-    for (int32_t v = 0; v < band.value_count; ++v) {
-      for (int32_t t = 0; t < band.values[v].count; ++t) {
-        band.first_input = std::min(band.first_input, band.values[v].terms[t].index);
-        band.last_input = std::max(band.last_input, band.values[v].terms[t].index);
-      }
-    }
-    bands.push_back(band);
+    bands.push_back(band(axis, result));
+    result += bands.back().result_count;
   }
-  if (output != axis.outputs) fail("results are missing");
+  if (result != axis.outputs) fail("results are missing");
   axis.bands = bands.data();
   return axis;
 }
@@ -141,7 +169,6 @@ Layer EnginePlan::layer() {
     const Band& band = layer.columns.bands[b];
     if (band.value_count > kMostValues) fail("a band has too many values");
     const auto larger = [](int64_t& size, int64_t other) { size = std::max(size, other); };
-    larger(layer.row_size, (band.last_input - band.first_input + 1) * layer.in_channels);
     larger(layer.value_size, terms * band.value_count * layer.in_channels);
     larger(layer.product_size, band.product_count * layer.out_channels);
     larger(layer.partial_size, row_products * band.result_count * layer.out_channels);
@@ -161,8 +188,9 @@ int64_t EnginePlan::layers(const Layer*& into, int64_t in_channels, int64_t in_p
     }
     size = int64_t{one.rows.outputs} * one.columns.outputs * one.out_channels;
     network.activation = std::max(network.activation, size);
-    network.working = std::max(network.working,
-                               one.row_size + one.value_size + one.product_size + one.partial_size);
+    network.widest = std::max(network.widest, one.in_channels);
+    network.working =
+        std::max(network.working, one.value_size + one.product_size + one.partial_size);
     list.push_back(one);
   }
   if (count > 0 && size != out_channels * out_pixels) fail("the last layer's size");

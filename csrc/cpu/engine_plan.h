@@ -22,8 +22,10 @@ class EnginePlan {
  private:
   int64_t next(int64_t least, int64_t most);
   const float* floats(int64_t count);
-  int32_t sums(std::deque<std::vector<Sum>>& into, int32_t fewest, int32_t most_terms,
-               int64_t indices, int64_t low, int64_t high, bool targets, int64_t outputs);
+  std::vector<Sum>& sums(int64_t most_terms, int64_t indices, int64_t low, int64_t high);
+  std::vector<Tile>& tiles(const AxisPlan& axis, std::vector<Sum>& values,
+                           const std::vector<Sum>& products, std::vector<bool>& found);
+  Band band(const AxisPlan& axis, int32_t first_result);
   AxisPlan axis();
   Layer layer();
   int64_t layers(const Layer*& into, int64_t in_channels, int64_t in_pixels, int64_t out_channels,
@@ -36,6 +38,7 @@ class EnginePlan {
   // Deques: what they hold stays where it is.
   std::deque<std::vector<Term>> terms_;
   std::deque<std::vector<Sum>> sums_;
+  std::deque<std::vector<Tile>> tiles_;
   std::deque<std::vector<Band>> bands_;
   std::deque<std::vector<Layer>> layers_;
 };

@@ -17,6 +17,7 @@ namespace {
 #include "latent.inl"
 #include "tiling.inl"
 #include "folding.inl"
+#include "engine_transforms.inl"
 #include "engine.inl"
 // clang-format on
 

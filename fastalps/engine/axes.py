@@ -33,6 +33,17 @@ class Result(NamedTuple):
     terms: Terms
 
 
+class Tile(NamedTuple):
+    """Results that share an algorithm of `ALGORITHMS`, and where its parts stand in their band."""
+
+    algorithm: str
+    inputs: tuple[int | None, ...]  # None: zero
+    first_value: int
+    first_product: int
+    first_result: int
+    step: int  # from one of its results to the next
+
+
 @dataclass
 class Band:
     """A part of an axis that is computed at once: consecutive results and all that they need."""
@@ -40,11 +51,13 @@ class Band:
     values: list[Terms] = field(default_factory=list)  # (input, factor)
     products: list[Terms] = field(default_factory=list)  # (value, filter)
     results: list[Result] = field(default_factory=list)
+    tiles: list[Tile] = field(default_factory=list)
 
-    def value(self, *terms: tuple[int, int]) -> int:
-        if terms not in self.values:
-            self.values.append(terms)
-        return self.values.index(terms)
+    def value(self, index: int) -> int:
+        """The value that is one input as it is."""
+        if ((index, 1),) not in self.values:
+            self.values.append(((index, 1),))
+        return self.values.index(((index, 1),))
 
 
 @dataclass
@@ -66,42 +79,55 @@ class Axis:
         return sum(len(terms) for band in self.bands for terms in band.products)
 
 
-# F(m, r): B (values of m + r - 1 inputs), G (filters of r taps), A (results of the products).
-_F22 = (
-    ((1, -1, 0), (0, 2, 0), (0, -1, 1)),
-    ((1, 0), (_HALF, _HALF), (0, 1)),
-    ((1, 1, 0), (0, 1, 1)),
-)
-_F32 = (
-    ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, -1, 0, 1)),
-    ((1, 0), (_HALF, _HALF), (_HALF, -_HALF), (0, 1)),
-    ((1, 1, 1, 0), (0, 1, -1, 0), (0, 1, 1, 1)),
-)
-_F23 = (
-    ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, -1, 0, 1)),
-    ((1, 0, 0), (_HALF, _HALF, _HALF), (_HALF, -_HALF, _HALF), (0, 0, 1)),
-    ((1, 1, 1, 0), (0, 1, -1, 1)),
-)
-_F43 = (
-    (
-        (4, 0, -5, 0, 1, 0),
-        (0, -4, -4, 1, 1, 0),
-        (0, 4, -4, -1, 1, 0),
-        (0, -2, -1, 2, 1, 0),
-        (0, 2, -1, -2, 1, 0),
-        (0, 4, 0, -5, 0, 1),
+class Algorithm(NamedTuple):
+    """Matrices of F(m, r); csrc/cpu/engine_transforms.inl has the first and the last as code."""
+
+    before: Sequence[Sequence[int]]  # B: values of m + r - 1 inputs
+    filters: Sequence[Sequence[Fraction | int]]  # G: filters of r taps
+    after: Sequence[Sequence[int]]  # A: m results of the products
+
+
+_POINTS_0_1 = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, -1, 0, 1))
+ALGORITHMS = {
+    "F(2,2)": Algorithm(
+        ((1, -1, 0), (0, 2, 0), (0, -1, 1)),
+        ((1, 0), (_HALF, _HALF), (0, 1)),
+        ((1, 1, 0), (0, 1, 1)),
     ),
-    (
-        (Fraction(1, 4), 0, 0),
-        (Fraction(-1, 6), Fraction(-1, 6), Fraction(-1, 6)),
-        (Fraction(-1, 6), Fraction(1, 6), Fraction(-1, 6)),
-        (Fraction(1, 24), Fraction(1, 12), Fraction(1, 6)),
-        (Fraction(1, 24), Fraction(-1, 12), Fraction(1, 6)),
-        (0, 0, 1),
+    "F(3,2)": Algorithm(
+        _POINTS_0_1,
+        ((1, 0), (_HALF, _HALF), (_HALF, -_HALF), (0, 1)),
+        ((1, 1, 1, 0), (0, 1, -1, 0), (0, 1, 1, 1)),
     ),
-    ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1)),
+    "F(2,3)": Algorithm(
+        _POINTS_0_1,
+        ((1, 0, 0), (_HALF, _HALF, _HALF), (_HALF, -_HALF, _HALF), (0, 0, 1)),
+        ((1, 1, 1, 0), (0, 1, -1, 1)),
+    ),
+    "F(4,3)": Algorithm(
+        (
+            (4, 0, -5, 0, 1, 0),
+            (0, -4, -4, 1, 1, 0),
+            (0, 4, -4, -1, 1, 0),
+            (0, -2, -1, 2, 1, 0),
+            (0, 2, -1, -2, 1, 0),
+            (0, 4, 0, -5, 0, 1),
+        ),
+        (
+            (Fraction(1, 4), 0, 0),
+            (Fraction(-1, 6), Fraction(-1, 6), Fraction(-1, 6)),
+            (Fraction(-1, 6), Fraction(1, 6), Fraction(-1, 6)),
+            (Fraction(1, 24), Fraction(1, 12), Fraction(1, 6)),
+            (Fraction(1, 24), Fraction(-1, 12), Fraction(1, 6)),
+            (0, 0, 1),
+        ),
+        ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1)),
+    ),
+}
+# F(3, 2) with a product of its own for the middle result, which has no other to itself.
+ALGORITHMS["F(3,2)+1"] = ALGORITHMS["F(3,2)"]._replace(
+    after=((1, 1, 1, 0, 0), (0, 1, -1, 0, 1), (0, 1, 1, 1, 0))
 )
-_ALGORITHMS = {(2, 2): _F22, (3, 2): _F32, (2, 3): _F23, (4, 3): _F43}
 
 
 def _mix(weights: Sequence[Fraction | int], taps: Sequence[Taps]) -> Taps:
@@ -111,30 +137,45 @@ def _mix(weights: Sequence[Fraction | int], taps: Sequence[Taps]) -> Taps:
     )
 
 
-def _filtered(axis: Axis, band: Band, inputs: Sequence[int | None], taps: Sequence[Taps]) -> list:
+def _filtered(
+    axis: Axis,
+    band: Band,
+    inputs: Sequence[int | None],
+    taps: Sequence[Taps],
+    middle: Sequence[int] | None = None,
+) -> list[Terms]:
     """Terms of the results ``y[j] = sum over r of taps[r] * x[inputs[j + r]]`` by F(m, r).
 
-    An input that is None is zero.
+    An input that is None is zero. With `middle`, ``MIDDLE * x[middle[j]]`` is added to result j.
+    The tile that is noted belongs to the next results of the band.
     """
-    count = len(inputs) - len(taps) + 1
-    before, filters, after = _ALGORITHMS[count, len(taps)]
-    products: list[int | None] = []
+    name = f"F({len(inputs) - len(taps) + 1},{len(taps)})"
+    if middle is not None and name == "F(3,2)":
+        name = "F(3,2)+1"
+    before, filters, after = ALGORITHMS[name]
+    first_value, first_product = len(band.values), len(band.products)
     for weights, mix in zip(before, filters, strict=True):
         pairs = zip(inputs, weights, strict=True)
-        terms = tuple((index, w) for index, w in pairs if index is not None and w)
-        products.append(None)
-        if terms:
-            products[-1] = len(band.products)
-            band.products.append(((band.value(*terms), axis.filter(_mix(mix, taps))),))
-    return [
-        tuple((p, w) for p, w in zip(products, row, strict=True) if p is not None and w)
-        for row in after
-    ]
+        band.products.append(((len(band.values), axis.filter(_mix(mix, taps))),))
+        band.values.append(tuple((index, w) for index, w in pairs if index is not None and w))
+    if middle is not None:
+        # Into a product that no other result has.
+        own = {"F(2,2)": (0, 2), "F(3,2)+1": (0, None, 3)}[name]
+        for index, place in zip(middle, own, strict=True):
+            term = (band.value(index), axis.filter(MIDDLE))
+            if place is None:
+                band.products.append((term,))
+            else:
+                band.products[first_product + place] += (term,)
+    step = 1 if len(taps) == 3 or middle is not None else 2
+    first_result = len(band.results) + step - 1
+    band.tiles.append(Tile(name, tuple(inputs), first_value, first_product, first_result, step))
+    return [tuple((first_product + p, w) for p, w in enumerate(row) if w) for row in after]
 
 
 def _single(axis: Axis, band: Band, terms: Iterable[tuple[int, Taps]]) -> Terms:
     """One product with a term for each (input, taps): the direct algorithm."""
-    band.products.append(tuple((band.value((i, 1)), axis.filter(taps)) for i, taps in terms))
+    band.products.append(tuple((band.value(i), axis.filter(taps)) for i, taps in terms))
     return ((len(band.products) - 1, 1),)
 
 
@@ -201,21 +242,9 @@ def strided(inputs: int, minimal: bool, limit: int) -> Axis:
                 band.results.append(Result(start, terms))
                 continue
             odd = [2 * o - 1 for o in range(start, start + count + 1)]
-            results = _filtered(axis, band, odd, (FIRST, LAST))
-            for j, terms in enumerate(results):
-                middle = (band.value((2 * (start + j), 1)), axis.filter(MIDDLE))
-                # Into a product that this result alone has, where there is one.
-                own = [
-                    p
-                    for p, factor in terms
-                    if factor == 1 and sum(p in dict(other) for other in results) == 1
-                ]
-                if own:
-                    band.products[own[0]] += (middle,)
-                else:
-                    terms = (*terms, (len(band.products), 1))
-                    band.products.append((middle,))
-                band.results.append(Result(start + j, terms))
+            even = [2 * o for o in range(start, start + count)]
+            results = _filtered(axis, band, odd, (FIRST, LAST), even)
+            band.results += [Result(start + j, terms) for j, terms in enumerate(results)]
         axis.bands.append(band)
     return axis
 
@@ -281,7 +310,8 @@ def pooled(inputs: int) -> Axis:
         met = [2 * o + k - 1 for o in range((inputs + 1) // 2)]
         met = [i for i in met if 0 <= i < inputs]
         if met:
-            terms.append((band.value(*((i, 1) for i in met)), axis.filter(tap)))
+            terms.append((len(band.values), axis.filter(tap)))
+            band.values.append(tuple((i, 1) for i in met))
     band.products.append(tuple(terms))
     band.results.append(Result(0, ((0, 1),)))
     axis.bands.append(band)
