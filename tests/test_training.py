@@ -12,6 +12,7 @@ import torch
 import fastalps
 from fastalps import TrainConfig, Trainer
 from fastalps.data import OneClassData
+from fastalps.errors import UserError
 from fastalps.models import ALPS
 from fastalps.training.batches import Batches
 from fastalps.training.run_state import Average
@@ -437,3 +438,27 @@ class TestCuda:
         fit(task, tmp_path, epochs=2, **options)
         resumed = fit(task, tmp_path, small_model(5), resume=True, **options)
         assert not changed(weights(whole.model), resumed.model)
+
+
+def test_cosine_schedule(task, tmp_path) -> None:
+    config = dataclasses.replace(SHORT, schedule="cosine", learning_rate=2e-3)
+    steps = Steps(small_model(), config)
+
+    def rates(name: str) -> list[float]:
+        found = []
+        for epoch in range(1, 5):
+            steps.schedule(epoch)
+            found.append(float(steps.optimizers[name].param_groups[0]["lr"]))
+        return found
+
+    expected = [0.5 * (1 + math.cos(math.pi * i / 4)) * 2e-3 for i in range(4)]
+    assert rates("autoencoder") == pytest.approx(expected)
+    assert rates("distorter") == pytest.approx(expected)
+    whole = fit(task, schedule="cosine")
+    fit(task, tmp_path, schedule="cosine", checkpoint_every=1)
+    # The last epochs of a longer run have other rates: it is another run.
+    with pytest.raises(UserError, match="epochs = 4, now 6"):
+        fit(task, tmp_path, resume=True, schedule="cosine", epochs=6)
+    constant = fit(task)
+    assert without_speed(whole.history)[0] == without_speed(constant.history)[0]
+    assert without_speed(whole.history)[-1] != without_speed(constant.history)[-1]

@@ -9,6 +9,7 @@ CHOICES = {
     "amp": ("off", "bf16", "fp16"),
     "cuda_graphs": ("auto", "on", "off"),
     "protocol": ("paper", "strict"),
+    "schedule": ("constant", "cosine"),
     "select": ("auto", "auroc", "loss", "last"),
 }
 
@@ -22,6 +23,9 @@ class TrainConfig:
         batch_size: images a step; images that fill no batch sit out the epoch.
         learning_rate: of Adam, for the autoencoder.
         distorter_learning_rate: for the distorter; the autoencoder's where None.
+        schedule: of both learning rates: constant, or cosine: from epoch to epoch down to nearly 0,
+            ``0.5 * (1 + cos(pi * (epoch - 1) / epochs))`` times the rate, which ends a short
+            training at weights that no longer jump.
         beta1: Adam's decay of the gradient's mean.
         beta2: Adam's decay of the gradient's square.
         distorter_every: the distorter is trained in every n-th epoch only (epochs n, 2n, ...).
@@ -51,6 +55,7 @@ class TrainConfig:
     batch_size: int = 128
     learning_rate: float = 1e-3
     distorter_learning_rate: float | None = None
+    schedule: str = "constant"
     beta1: float = 0.9
     beta2: float = 0.999
     distorter_every: int = 5

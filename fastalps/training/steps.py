@@ -8,6 +8,7 @@ III-C.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -61,19 +62,38 @@ class Steps:
         betas = (config.beta1, config.beta2)
         # Fused: one kernel for all weights. Capturable: its step count lives on the device.
         options: dict[str, Any] = {"betas": betas, "fused": True, "capturable": cuda}
-        self.optimizers = {
-            "autoencoder": torch.optim.Adam(autoencoder, lr=config.learning_rate, **options)
-        }
+        players = {"autoencoder": autoencoder}
+        self.rates = {"autoencoder": config.learning_rate}
         if adversary is not None:
-            rate = config.distorter_learning_rate or config.learning_rate
-            self.optimizers["distorter"] = torch.optim.Adam(
-                adversary.parameters(), lr=rate, **options
+            players["distorter"] = list(adversary.parameters())
+            self.rates["distorter"] = config.distorter_learning_rate or config.learning_rate
+        # A captured step reads the rate from the device, where the schedule can change it.
+        self.optimizers = {
+            name: torch.optim.Adam(
+                weights,
+                lr=torch.tensor(self.rates[name], device=self.device) if cuda else self.rates[name],
+                **options,
             )
+            for name, weights in players.items()
+        }
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         compiled = torch.compile if config.compile else (lambda network: network)
         self.encode = compiled(model.encoder)
         self.decode = compiled(model.decoder)
         self.noise = torch.Generator(self.device)
+
+    def schedule(self, epoch: int) -> None:
+        """Sets the learning rates of an epoch, counted from 1."""
+        factor = 1.0
+        if self.config.schedule == "cosine":
+            factor = 0.5 * (1 + math.cos(math.pi * (epoch - 1) / self.config.epochs))
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                rate = factor * self.rates[name]
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision for the networks; the errors are float32 in any case."""

@@ -186,6 +186,7 @@ class Trainer:
         config = self.config
         adversary = players.has_distorter and epoch % config.distorter_every == 0
         players.steps.seed(epoch_seed(config.seed, epoch))
+        players.steps.schedule(epoch)
         errors = torch.zeros(2, device=players.steps.device)
         contest = torch.zeros(2, device=players.steps.device)
         start = time.perf_counter()
