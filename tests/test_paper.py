@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import paper
 from bench.quality import cells, tables
 from bench.quality.cells import Cell
 from fastalps import metrics
+from fastalps.relative import relative_errors
 from tests.test_cli import rows_of
 from tests.test_data_images import write_idx_set
 
@@ -22,8 +24,6 @@ SIZE = (12, 12)
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, list[str]]:
     """A folder in which two cells were run from a small data set, and the options that did it."""
-    import torch
-
     folder = tmp_path_factory.mktemp("paper")
     write_idx_set(folder / "data" / "mnist", torch.Generator().manual_seed(1), size=SIZE)
     options = ["--dataset", "mnist", "--classes", "3", "--seeds", "1", "--jobs", "2", "--quick"]
@@ -39,10 +39,14 @@ def test_figures_follow_from_the_scores(finished, protocol) -> None:
     record = cells.read(Cell("mnist", 3, 0), folder / "results", protocol)
     rows = rows_of(folder / "scratch" / "mnist-3-0" / f"scores-{protocol}.csv")
     labels = [int(row["anomalous"]) for row in rows]
+    energies = torch.tensor([float(row["energy"]) for row in rows])
     for kind in ("normal", "perturbed", "average"):
-        area = metrics.auroc([float(row[kind]) for row in rows], labels)
-        assert area == record["auroc"][kind]
+        errors = torch.tensor([float(row[kind]) for row in rows])
+        assert metrics.auroc(errors, labels) == record["auroc"][kind]
+        relative = metrics.auroc(relative_errors(errors, energies), labels)
+        assert relative == pytest.approx(record["auroc"][f"relative_{kind}"])
     assert record["auroc"]["reported"] == record["auroc"][record["score"]]
+    assert record["auroc"]["ours"] == record["auroc"][record["ours"]]
     assert record["protocol"] == protocol and record["quick"]
 
 
@@ -72,7 +76,7 @@ def test_table_names_what_is_missing(finished, capsys) -> None:
 
 def test_table_means_and_spread(tmp_path) -> None:
     for c, seed, area in ((0, 0, 0.9), (0, 1, 0.8), (1, 0, 0.7), (1, 1, 0.6)):
-        record = {"auroc": dict.fromkeys(("reported", "normal", "perturbed", "average"), area)}
+        record = {"auroc": dict.fromkeys(("reported", "ours"), area)}
         path = Cell("mnist", c, seed, "none").path(tmp_path, "paper")
         path.write_text(json.dumps(record))
     lines = tables.table("mnist", "paper", ["none"], [0, 1], [0, 1], tmp_path)

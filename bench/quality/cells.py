@@ -21,7 +21,8 @@ from fastalps.cli.run_folder import write_metrics, write_scores
 from fastalps.data import OneClassData, load_images
 from fastalps.environment import result_record
 from fastalps.files import make_folder
-from fastalps.models import Scores
+from fastalps.models import ALPS, Scores
+from fastalps.relative import energy, relative_errors
 from fastalps.training import FitResult
 from fastalps.training.trainer import CHECKPOINT
 from fastalps.training.validation import FIXED_KIND, score_all
@@ -44,6 +45,12 @@ class Cell:
         suffix = "" if self.method == "alps" else f"-{self.method}"
         return f"{self.dataset}-{self.normal_class}-{self.seed}{suffix}"
 
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What a process that runs this cell alone is told."""
+        what = (str(self.normal_class), str(self.seed), self.method)
+        return ("--dataset", self.dataset, "--cell", *what)
+
     def path(self, results: Path, protocol: str) -> Path:
         """Where the result by `protocol` is kept."""
         suffix = "" if self.method == "alps" else f"-{self.method}"
@@ -53,7 +60,7 @@ class Cell:
         return all(self.path(results, protocol).is_file() for protocol in PROTOCOLS)
 
 
-def read(cell: Cell, results: Path, protocol: str) -> dict[str, Any] | None:
+def read(cell: Any, results: Path, protocol: str) -> dict[str, Any] | None:
     """A finished cell's record; None where it is missing."""
     path = cell.path(results, protocol)
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -71,6 +78,10 @@ def run(cell: Cell, root: Path, results: Path, scratch: Path, quick: bool = Fals
     Test labels are read once, after everything is chosen: by `paper` the epoch and the kind of
     score with the highest AUROC on the validation images, by `strict` the last epoch and the
     average score, which no data chose. Both come from one training, on the same images.
+
+    `reported` is of the paper's three kinds; `ours` may also be one of the relative kinds
+    (`fastalps.relative`), again chosen on the validation images by `paper` and fixed by the recipe
+    for `strict`.
     """
     data = load_images(
         cell.dataset, root, normal_class=cell.normal_class, protocol="paper", seed=cell.seed
@@ -79,16 +90,22 @@ def run(cell: Cell, root: Path, results: Path, scratch: Path, quick: bool = Fals
     if cell.method in BASELINES:
         scores = baselines.scores(cell.method, data.train, data.test, cell.seed)
         everything = Scores(scores, scores, scores)
-        parts = {protocol: (everything, FIXED_KIND, {}) for protocol in PROTOCOLS}
+        # Reconstruction errors, unlike distances and path lengths, can be relative.
+        ours = _relative(FIXED_KIND) if cell.method == "pca" else FIXED_KIND
+        parts = {protocol: (everything, FIXED_KIND, {"ours": ours}) for protocol in PROTOCOLS}
     else:
         parts = _train(cell, data, make_folder(scratch / cell.name), quick)
     seconds = time.perf_counter() - begin
     make_folder(results)
     for protocol, (found, kind, details) in parts.items():
-        areas = {k: metrics.auroc(v, data.test_labels) for k, v in found._asdict().items()}
+        areas = {
+            k: metrics.auroc(v, data.test_labels)
+            for k, v in _all_kinds(found, energy(data.test)).items()
+        }
+        areas |= {"reported": areas[kind], "ours": areas[details["ours"]]}
         record = result_record(
             protocol,
-            {"auroc": {**areas, "reported": areas[kind]}, "test_images": len(data.test)},
+            {"auroc": areas, "test_images": len(data.test)},
             seed=cell.seed,
             dataset=cell.dataset,
             normal_class=cell.normal_class,
@@ -102,6 +119,23 @@ def run(cell: Cell, root: Path, results: Path, scratch: Path, quick: bool = Fals
         # The table reads auroc.* at the top.
         record["auroc"] = record["metrics"]["auroc"]
         write_metrics(cell.path(results, protocol), record)
+
+
+def _relative(kind: str) -> str:
+    return f"relative_{kind}"
+
+
+def _all_kinds(scores: Scores, energies: Tensor) -> dict[str, Tensor]:
+    """The three kinds of score and the same relative to the images' contrast."""
+    plain = {kind: values.cpu() for kind, values in scores._asdict().items()}
+    return plain | {_relative(k): relative_errors(v, energies) for k, v in plain.items()}
+
+
+def _best_kind(model: ALPS, data: OneClassData) -> str:
+    """The kind of score, the relative ones included, that ranks the validation images best."""
+    kinds = _all_kinds(score_all(model, data.validation), energy(data.validation))
+    areas = {k: metrics.auroc(v, data.validation_labels) for k, v in kinds.items()}
+    return max(areas, key=lambda kind: areas[kind])
 
 
 def _train(
@@ -124,19 +158,29 @@ def _train(
         "flops_per_image": model.flops(),
         "training": dataclasses.asdict(config),
     }
-    picked = score_all(model, data.test)
+    picked, ours = score_all(model, data.test), _best_kind(model, data)
     figures.reconstructions(folder / "reconstructions.png", model, *_examples(data))
-    chosen = {"chosen_epoch": fitted.best_epoch, "chosen_by": "validation AUROC of 150 + 150"}
+    chosen: dict[str, Any] = {
+        "chosen_epoch": fitted.best_epoch,
+        "chosen_by": "validation AUROC of 150 + 150",
+        "ours": ours,
+    }
     parts = {"paper": (picked, fitted.score, {**details, **chosen})}
     last = _last(fitted, data.test)
-    chosen = {"chosen_epoch": config.epochs, "chosen_by": "fixed: the last epoch"}
+    chosen = {
+        "chosen_epoch": config.epochs,
+        "chosen_by": "fixed: the last epoch",
+        "ours": recipe.strict_score,
+    }
     parts["strict"] = (last, FIXED_KIND, {**details, **chosen})
     for protocol, (found, _, _) in parts.items():
-        columns = ("image", "anomalous", *Scores._fields)
+        # With the energy, who reads it can compute the relative kinds.
+        columns = ("image", "anomalous", *Scores._fields, "energy")
         rows = zip(
             data.test_names,
             data.test_labels.tolist(),
             *(kind.tolist() for kind in found),
+            energy(data.test).tolist(),
             strict=True,
         )
         write_scores(folder / f"scores-{protocol}.csv", columns, rows)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bench.quality.cells import CLASSES, Cell, read
+from bench.quality.video import PROTOCOL, SMOOTH, VideoCell
 
 # Table I of the paper, AUROC in %.
 PAPER_ALPS = {
@@ -24,6 +26,8 @@ LABELS = {
     "iforest": "Isolation Forest",
     "pca": "PCA",
 }
+# What a row says after the method's name.
+KINDS = {"reported": "", "ours": ", ours: errors relative to contrast allowed"}
 
 
 def table(
@@ -44,9 +48,9 @@ def table(
         lines.append(_row(["paper's ALPS", *(f"{v:.2f}" for v in values), f"{mean:.2f}", "", ""]))
     missing: list[str] = []
     for method in methods:
-        kinds = (
-            ("reported", "normal", "perturbed", "average") if method == "alps" else ("reported",)
-        )
+        kinds = ["reported", "normal", "perturbed", "average"] if method == "alps" else ["reported"]
+        if method not in ("ocsvm", "iforest"):
+            kinds.append("ours")
         for kind in kinds:
             row, absent = _method_row(dataset, protocol, method, kind, classes, seeds, results)
             lines.append(row)
@@ -86,9 +90,72 @@ def _method_row(
     whole = [seed for seed in seeds if all((c, seed) in found for c in classes)]
     by_seed = [statistics.mean(found[c, seed] for c in classes) for seed in whole]
     spread = f"{statistics.stdev(by_seed):.2f}" if len(by_seed) > 1 else "-"
-    name = LABELS[method] if kind == "reported" else f"{LABELS[method]}, {kind} score"
+    name = LABELS[method] + KINDS.get(kind, f", {kind} score")
     return _row([name, *texts, mean, spread, str(len(whole))]), absent
 
 
 def _row(values: Sequence[str]) -> str:
     return "| " + " | ".join(values) + " |"
+
+
+# Rows of table II: (label, variant, entry of the record's metrics).
+VIDEO_ROWS = (
+    ("no learning: change since the frame before", "gray", "motion_baseline"),
+    ("the same, relative to contrast, half-overlapping patches", "gray", "motion_baseline_ours"),
+    ("plain: gray patches, average score", "gray", "average"),
+    ("motion patches, average score", "motion", "average"),
+    ("ours: motion patches, relative to contrast, half-overlapping", "motion", "ours"),
+)
+# Columns: (head, level, path to the figures).
+VIDEO_COLUMNS = (
+    ("frames, max", ("frame", "micro", "max", "gated")),
+    ("frames, top 3 over 21 frames", ("frame", "micro_smooth21", "topk", "gated")),
+    ("all patches", ("patch", "all")),
+    ("moving patches", ("patch", "gated")),
+)
+PAPER_VIDEO = "98.16 / 6"
+
+
+def video_table(seeds: Sequence[int], results: Path) -> list[str]:
+    """Table II: AUROC / EER in %, means over the seeds there are (spread: standard deviation)."""
+    head = ["", *(name for name, _ in VIDEO_COLUMNS), "seeds"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    lines.append(_row(["paper's ALPS (protocol not stated)", PAPER_VIDEO, "", "", "", ""]))
+    missing: set[str] = set()
+    for label, variant, entry in VIDEO_ROWS:
+        records = []
+        for seed in seeds:
+            cell = VideoCell(variant, seed)
+            record = read(cell, results, PROTOCOL)
+            if record is None:
+                missing.add(cell.name)
+            else:
+                records.append(record["metrics"][entry])
+        texts = [_video_figure(records, path) for _, path in VIDEO_COLUMNS]
+        lines.append(_row([label, *texts, str(len(records))]))
+    lines += ["", f"Missing cells: {', '.join(sorted(missing)) if missing else 'none'}."]
+    return lines
+
+
+def _video_figure(records: Sequence[dict[str, Any]], path: Sequence[str]) -> str:
+    found: dict[str, list[float]] = {"auroc": [], "eer": []}
+    for record in records:
+        node: Any = record
+        for name in path:
+            node = node[name]
+        for key, values in found.items():
+            values.append(100 * node[key])
+    if not found["auroc"]:
+        return "-"
+    area, equal = (statistics.mean(values) for values in found.values())
+    # What learns nothing is the same for every seed.
+    spread = statistics.stdev(found["auroc"]) if len(found["auroc"]) > 1 else 0.0
+    return f"{area:.1f}{f' (±{spread:.1f})' if spread >= 0.05 else ''} / {equal:.1f}"
+
+
+def summary(record: dict[str, Any]) -> str:
+    """The figure that tells how a cell went."""
+    if "auroc" in record:
+        return f"{100 * record['auroc']['reported']:.2f}%"
+    figures = record["metrics"]["ours"]["frame"][f"micro_smooth{SMOOTH}"]["topk"]["gated"]
+    return "-" if figures["auroc"] is None else f"{100 * figures['auroc']:.2f}%"
