@@ -22,13 +22,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from bench.command_line import Parser, guarded
-from bench.quality import cells, tables, video
+from bench.quality import cells, pictures, tables, video
 from bench.quality.recipes import BASELINES, METHODS, RECIPES
 from fastalps.environment import usable_cores
 from fastalps.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "quality"
+FIGURES = {
+    "mnist": "figure-2-mnist.png",
+    "fashion-mnist": "figure-3-fashion-mnist.png",
+    "ucsd-ped2": "figure-4-ucsd-ped2.png",
+}
 AnyCell = cells.Cell | video.VideoCell
 TABLE_METHODS = {1: ("alps", *BASELINES), 3: ("none", "noise", "alps")}
 
@@ -123,6 +128,7 @@ def _run(options: argparse.Namespace) -> int:
         failures = [] if options.print_only else _run_cells(options, pairs)
         print("\nUCSD Ped2, no anomaly seen before test, AUROC / EER in %\n")
         print("\n".join(tables.video_table(seeds, options.results)))
+        _draw(options, [video.VideoCell(v, 0) for v in video.VARIANTS], video.VARIANTS)
         return 1 if failures else 0
     methods = tuple(options.methods or TABLE_METHODS[options.table])
     wanted = [
@@ -141,7 +147,20 @@ def _run(options: argparse.Namespace) -> int:
             )
         )
     )
+    if "alps" in methods:
+        cells_shown = [cells.Cell(options.dataset, c, 0) for c in options.classes]
+        _draw(options, cells_shown, [str(c) for c in options.classes])
     return 1 if failures else 0
+
+
+def _draw(options: argparse.Namespace, shown: Sequence[AnyCell], names: Sequence[str]) -> None:
+    """The paper's figure of this data set, from the examples that seed 0 left in the scratch."""
+    path = options.results / FIGURES[shown[0].dataset]
+    folders = [options.scratch / cell.name for cell in shown]
+    missing = pictures.figure(path, folders, names, shown[0].dataset)
+    if len(missing) < len(shown):
+        left = f"; without {', '.join(missing)}" if missing else ""
+        print(f"\n{path}{left}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from bench import paper
-from bench.quality import cells, tables
+from bench.quality import cells, rehearsal, tables, video
 from bench.quality.cells import Cell
 from fastalps import metrics
 from fastalps.relative import relative_errors
 from tests.test_cli import rows_of
 from tests.test_data_images import write_idx_set
+from tests.video_scenes import FRAMES, write_street
 
 SIZE = (12, 12)
 
@@ -47,6 +48,7 @@ def test_figures_follow_from_the_scores(finished, protocol) -> None:
         assert relative == pytest.approx(record["auroc"][f"relative_{kind}"])
     assert record["auroc"]["reported"] == record["auroc"][record["score"]]
     assert record["auroc"]["ours"] == record["auroc"][record["ours"]]
+    assert (folder / "results" / "figure-2-mnist.png").is_file()
     assert record["protocol"] == protocol and record["quick"]
 
 
@@ -59,7 +61,8 @@ def test_strict_is_the_last_epoch_and_one_kind(finished) -> None:
 def test_finished_cells_are_not_run_again(finished, capfd) -> None:
     folder, options = finished
     before = {path: path.read_bytes() for path in (folder / "results").iterdir()}
-    assert len(before) == 4
+    # Two cells by two protocols, and the figure.
+    assert len(before) == 5
     assert paper.main([*options, "--methods", "alps", "pca"]) == 0
     assert "0 to run" in capfd.readouterr().out
     assert before == {path: path.read_bytes() for path in (folder / "results").iterdir()}
@@ -98,6 +101,67 @@ def test_bad_arguments(arguments, message) -> None:
         [sys.executable, paper.__file__, *arguments], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def street_cells(tmp_path_factory) -> tuple[Path, list[str]]:
+    """A folder in which both variants of table II were run on a small street."""
+    folder = tmp_path_factory.mktemp("table2")
+    write_street(folder, torch.Generator().manual_seed(6))
+    options = ["--table", "2", "--seeds", "1", "--quick", "--root", str(folder)]
+    options += ["--results", str(folder / "results"), "--scratch", str(folder / "scratch")]
+    assert paper.main(options) == 0
+    return folder, options
+
+
+@pytest.mark.parametrize("variant", video.VARIANTS)
+def test_video_figures_follow_from_the_scores(street_cells, variant) -> None:
+    folder, _ = street_cells
+    record = cells.read(video.VideoCell(variant, 0), folder / "results", "strict")
+    rows = rows_of(folder / "scratch" / f"ucsd-ped2-{variant}-0" / "scores-strict.csv")
+    # The quick run tests the first clip only.
+    assert len(rows) == FRAMES
+    labels = [int(row["anomalous"]) for row in rows]
+    figures = record["metrics"]
+    for entry, level, reduce in (
+        ("normal", "micro", "max"),
+        ("average", "micro", "max"),
+        ("motion_baseline", "micro", "max"),
+        ("ours", "micro_smooth21", "topk"),
+    ):
+        kept = "all" if entry == "motion_baseline" else "gated"
+        expected = figures[entry]["frame"][level][reduce][kept]["auroc"]
+        assert metrics.auroc([float(row[entry]) for row in rows], labels) == expected, entry
+    assert figures["ours"]["rules"]["stride"] == [15, 15]
+    assert figures["average"]["rules"]["stride"] == [30, 30]
+
+
+def test_video_table_and_figure(street_cells, capfd) -> None:
+    folder, options = street_cells
+    assert paper.main([*options, "--seeds", "2", "--print-only"]) == 0
+    text = capfd.readouterr().out
+    assert "Missing cells: ucsd-ped2-gray-1, ucsd-ped2-motion-1." in text
+    picture = folder / "results" / "figure-4-ucsd-ped2.png"
+    assert str(picture) in text and picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_rehearsal_ranks_what_sees_speed(rng) -> None:
+    shape = (12, 96)
+    kept = torch.rand(shape, generator=rng) < 0.3
+    kept[:, 0] = True
+    slow = torch.rand(shape, generator=rng) * kept
+    fast_kept = kept[::2]
+    seen = (slow[::2] + 5) * fast_kept
+    blind = torch.rand(fast_kept.shape, generator=rng) * fast_kept
+    pairs = [
+        [
+            ({"sees": slow, "blind": slow}, kept),
+            ({"sees": seen, "blind": blind}, fast_kept),
+        ]
+    ]
+    found = rehearsal.figures(pairs, 2, 30, 30, (240, 360))
+    assert found["sees, max"] == found["sees, topk"] == 1
+    assert found["blind, max"] < 0.8
 
 
 def test_a_failed_cell_is_told(tmp_path, capfd) -> None:

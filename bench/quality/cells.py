@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fastalps
-from bench.quality import baselines
+from bench.quality import baselines, pictures
 from bench.quality.recipes import BASELINES, PERTURBATION, QUICK, RECIPES
 from fastalps import metrics
 from fastalps.cli import figures
@@ -159,7 +159,9 @@ def _train(
         "training": dataclasses.asdict(config),
     }
     picked, ours = score_all(model, data.test), _best_kind(model, data)
-    figures.reconstructions(folder / "reconstructions.png", model, *_examples(data))
+    examples = _examples(data)
+    figures.reconstructions(folder / "reconstructions.png", model, *examples)
+    pictures.keep_examples(folder / pictures.EXAMPLES, model, *examples)
     chosen: dict[str, Any] = {
         "chosen_epoch": fitted.best_epoch,
         "chosen_by": "validation AUROC of 150 + 150",

@@ -28,15 +28,13 @@ class Recipe:
     strict_score: str = "average"
 
 
-_MODEL = {"preset": "fast"}
+_MODEL = {"preset": "paper"}
 _TRAINING = {
-    "epochs": 12,
+    "epochs": 10,
     "batch_size": 32,
     "schedule": "cosine",
     "average_decay": 0.998,
     "distorter_every": 2,
-    "validate_every": 2,
-    "checkpoint_every": 4,
     "device": "cpu",
 }
 RECIPES = {

@@ -31,7 +31,7 @@ def figures(
     speed: int,
     patch_size: int,
     stride: int,
-    frame_size: tuple[int, int] = (240, 360),
+    frame_size: Sequence[int],
     seed: int = 0,
 ) -> dict[str, float]:
     """AUROC of rehearsed frames against untouched ones, by "<kind of score>, <reduction>".

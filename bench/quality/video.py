@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import fastalps
-from bench.quality import rehearsal
+from bench.quality import pictures, rehearsal
 from bench.quality.recipes import QUICK, VIDEO
 from fastalps import ops, protocols
 from fastalps.cli import figures
@@ -229,9 +229,9 @@ def _test(
     baseline = [relative_errors(v, e) for v, e in zip(squares, dense_energies, strict=True)]
     found["motion_baseline_ours"] = _both(ours, baseline, test, options, dense_options)
     _write_frames(folder, test, plain, kept, motion, frames, dense)
-    figures.reconstructions(
-        folder / "reconstructions.png", scorer.model, *_examples(shown, test, kept)
-    )
+    examples = _examples(shown, test, kept)
+    figures.reconstructions(folder / "reconstructions.png", scorer.model, *examples)
+    pictures.keep_examples(folder / pictures.EXAMPLES, scorer.model, *examples)
     return found
 
 
@@ -304,7 +304,9 @@ def _rehearse(
             for one in held_out:
                 fast = show(rehearsal.faster(one.clip, speed), variant, one.background)
                 pairs.append([_rehearsal_scores(scorer, s, stride) for s in (one, fast)])
-            result[f"stride {stride}, {speed}x"] = rehearsal.figures(pairs, speed, PATCH, stride)
+            result[f"stride {stride}, {speed}x"] = rehearsal.figures(
+                pairs, speed, PATCH, stride, tuple(held_out[0].frames.shape[1:])
+            )
     return result
 
 
