@@ -129,6 +129,7 @@ def run(cell: VideoCell, root: Path, results: Path, scratch: Path, quick: bool =
     seconds = time.perf_counter() - begin
     model = fitted.model
     model.load_state_dict(fitted.last_weights)
+    fastalps.save(model, folder / "model.safetensors")
     scorer = fastalps.Scorer(model, "average")
     begin = time.perf_counter()
     figures_found = _test(cell, scorer, test, folder)
