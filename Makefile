@@ -5,13 +5,16 @@ VENV ?= .venv
 # works, such as TORCH="torch==2.10.0".
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
+# Tests of what the library computes, but for those that train.
+SANITIZED = random_networks or perturbations or inputs or frames or threads or refused
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help setup demo test bench bench-ops gpu-check lint types clean
+.PHONY: help setup demo test sanitize bench bench-ops gpu-check lint types clean
 
 help:
 	@echo "make demo       train and score on real digits, with a plot (about a minute)"
 	@echo "make test       set everything up and run all tests"
+	@echo "make sanitize   the engine's tests under the address and undefined-behaviour sanitizers"
 	@echo "make bench      the quick benchmark; python bench/run.py --help for the full one"
 	@echo "make bench-ops  the ops under pytest-benchmark"
 	@echo "make gpu-check  GPU tests and benchmarks with the torch that is there; writes JSON"
@@ -36,6 +39,15 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The C++ library with checks of every access and of undefined behaviour, under the engine's tests.
+sanitize: setup
+	FASTALPS_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build_ext \
+	  --build-lib build/sanitized
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) \
+	  $$($${CXX:-c++} -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  FASTALPS_TEST_LIBRARY=build/sanitized/fastalps/lib OMP_NUM_THREADS=2 \
+	  $(BIN)/python -m pytest -q -s -p no:cacheprovider tests/test_engine.py -k "$(SANITIZED)"
 
 bench: setup
 	$(BIN)/python bench/run.py --quick

@@ -6,6 +6,8 @@ Environment:
                           CUDA and nvcc is found, and go on without it if that fails.
     TORCH_CUDA_ARCH_LIST  architectures, such as "8.0;9.0+PTX".
     CXX, CUDA_HOME        the C++ compiler; the CUDA toolkit.
+    FASTALPS_SANITIZE     sanitizers to build the C++ library with, such as "address,undefined"; for
+                          `make sanitize`, which keeps that library apart.
 
 A library that could not be built leaves a text file beside its place that says why, and a working
 package: `python -m fastalps` shows it.
@@ -27,7 +29,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-BUILD = ROOT / "build" / "native"
+SANITIZE = os.environ.get("FASTALPS_SANITIZE", "")
+BUILD = ROOT / "build" / (f"native-{SANITIZE.replace(',', '-')}" if SANITIZE else "native")
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -188,6 +191,10 @@ def build_cpu() -> Path:
     compiler, (headers, libraries) = cxx(), torch_folders()
     common = [compiler, "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     common += ["-DFASTALPS_X86"] if X86 else []
+    sanitize = [f"-fsanitize={SANITIZE}"] if SANITIZE else []
+    if SANITIZE:
+        # torch is not built with run-time type information for its classes' checks (vptr).
+        common += [*sanitize, "-fno-sanitize-recover=all", "-fno-sanitize=vptr", "-g", "-O1"]
     plan = Plan("fastalps_cpu")
     for name in ("bindings", "bindings_engine"):
         plan.compile(ROOT / f"csrc/{name}.cpp", [*common, TARGET, f"-isystem{headers}", "-Icsrc"])
@@ -196,7 +203,7 @@ def build_cpu() -> Path:
     for name, flags in INSTRUCTION_SETS.items():
         if X86 or not flags:
             plan.compile(ROOT / f"csrc/cpu/{name}.cpp", [*common, *flags])
-    return plan.run([compiler, *shared_flags(libraries)])
+    return plan.run([compiler, *sanitize, *shared_flags(libraries)])
 
 
 def build_cuda(report: bool = False) -> Path:

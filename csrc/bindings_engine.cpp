@@ -153,6 +153,7 @@ std::tuple<Tensor, Tensor> engine_frames(Tensor frames, MaybeTensor background, 
   const int64_t n = frames.size(0), positions = n * grid.patches();
   Tensor errors = empty(frames, {normal + perturbed, n, grid.patches()}, ScalarType::Float);
   Tensor kept = empty(frames, {n, grid.patches()}, ScalarType::Bool);
+  if (positions == 0) return {errors, kept};
   // What the gate drops scores 0.
   std::memset(errors.mutable_data_ptr(), 0, errors.numel() * sizeof(float));
   uint8_t* keep = static_cast<uint8_t*>(kept.mutable_data_ptr());

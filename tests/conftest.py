@@ -9,6 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastalps import backends
+
+# `make sanitize` tests another build of the library.
+if folder := os.environ.get("FASTALPS_TEST_LIBRARY"):
+    backends.library_path = lambda device_type: (
+        Path(folder) / "fastalps_cpu.so" if device_type == "cpu" else None
+    )
+
 DATA = Path(os.environ.get("FASTALPS_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +26,9 @@ from fastalps.testing import SCORE_ERROR, poisoned
 
 STATE = backends.load_native("cpu")
 needs_library = pytest.mark.skipif(not STATE.available, reason=STATE.reason)
+
+# Fewer random networks where a sanitizer checks every access.
+EXAMPLES = 8 if "FASTALPS_TEST_LIBRARY" in os.environ else 40
 
 ERROR = SCORE_ERROR[torch.float32]
 
@@ -170,7 +175,7 @@ def networks(draw: st.DrawFn) -> ALPS:
 
 @needs_library
 @settings(
-    max_examples=40,
+    max_examples=EXAMPLES,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
@@ -221,6 +226,14 @@ def test_trained_weights() -> None:
     for minimal in (False, True):
         found = Engine(fitted.model, minimal).errors(data.test, "both")
         assert relative(found, expected) <= ERROR
+
+
+@needs_library
+@pytest.mark.parametrize("size", [(1024, 8), (9, 520), (130, 144)])
+def test_large_images(size: tuple[int, int]) -> None:
+    model = randomise(ALPS(size, preset="fast", encoder=(4, 5, 6), decoder=(6, 5, 4, 3, 2, 2)), 3)
+    images = pixels_of((3, 1, *size), 4)
+    assert relative(Engine(model).errors(images, "both"), exact(model, images)) <= ERROR
 
 
 @needs_library
@@ -323,10 +336,10 @@ def test_frames_are_their_patches(gated: bool, edge: str, stride: tuple[int, int
     scorer = Scorer(model, gate=MotionGate(4.0, still[0]) if gated else None)
     scorer.edge, scorer.stride = edge, stride
     found = scorer.scores_frames(frames)
-    assert isinstance(scorer._network(), Engine)
+    assert scorer.method == "engine"
     with use_backend("reference"):
         expected = scorer.scores_frames(frames)
-        assert not isinstance(scorer._network(), Engine)
+        assert scorer.method == "layers"
     for kind in ("normal", "perturbed", "average"):
         assert (found[kind].patches == 0).sum() == (expected[kind].patches == 0).sum()
         torch.testing.assert_close(found[kind].patches, expected[kind].patches, rtol=2e-5, atol=0)
@@ -353,9 +366,12 @@ def test_scorer_keeps_the_weights_it_was_made_with() -> None:
 
 
 def test_layer_by_layer_where_the_engine_does_not_reach(monkeypatch, caplog) -> None:
-    assert why_not(torch.device("cuda"), "fp32") == "the engine runs on CPUs, not on cuda devices"
-    assert "not in bf16" in why_not(torch.device("cpu"), "bf16")
-    model = randomise(ALPS(12, preset="fast"), 2)
+    model, cpu = randomise(ALPS(12, preset="fast"), 2), torch.device("cpu")
+    config = model.config
+    assert "not on cuda devices" in why_not(config, torch.device("cuda"), "fp32")
+    assert "not in bf16" in why_not(config, cpu, "bf16")
+    large = dataclasses.replace(config, image_size=(2000, 12))
+    assert "up to 1024 pixels" in why_not(large, cpu, "fp32")
     images = pixels_of((9, 1, 12, 12), 3)
     absent = backends.State(False, "no compiled library for cpu: it was not built")
     monkeypatch.setattr(backends, "load_native", lambda device: absent)
@@ -365,7 +381,7 @@ def test_layer_by_layer_where_the_engine_does_not_reach(monkeypatch, caplog) -> 
         Scorer(model)
     told = [record.message for record in caplog.records if "layer by layer" in record.message]
     assert told == ["scoring layer by layer: no compiled library for cpu: it was not built"]
-    assert not isinstance(scorer._network(), Engine)
+    assert scorer.method == "layers"
     found = torch.stack(scorer.scores_images(images)[:2])
     assert relative(found, exact(model, images)) <= ERROR
 

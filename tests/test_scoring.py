@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastalps import ALPS, MotionGate, Scorer, ops
+from fastalps import ALPS, MotionGate, Scorer, backends, ops
 from fastalps.calibration import threshold_at
 from fastalps.data import Clip
 from fastalps.environment import has_fast_bfloat16
@@ -321,9 +321,13 @@ def test_no_frames_give_no_scores(model: ALPS, gate) -> None:
 # Precision -------------------------------------------------------------------------------------
 
 
-def test_auto_precision_says_what_it_chose(model: ALPS) -> None:
-    expected = "bf16" if has_fast_bfloat16("cpu") else "fp32"
-    assert Scorer(model).precision == expected
+def test_auto_precision_says_what_it_chose(model: ALPS, monkeypatch) -> None:
+    if backends.load_native("cpu").available:
+        assert Scorer(model).precision == "fp32"  # the engine's
+    monkeypatch.setattr(backends, "load_native", lambda device: backends.State(False, "absent"))
+    for fast, expected in ((False, "fp32"), (True, "bf16")):
+        monkeypatch.setattr("fastalps.inference.has_fast_bfloat16", lambda device, fast=fast: fast)
+        assert Scorer(model).precision == expected
 
 
 @pytest.mark.filterwarnings("ignore:this cpu has no bf16")

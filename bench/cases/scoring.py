@@ -1,4 +1,4 @@
-"""uint8 frames in, the scores of their patches out, against other ways to run the same network."""
+"""uint8 frames or patches in, both scores out, against other ways to run the same network."""
 
 from __future__ import annotations
 
@@ -19,12 +19,22 @@ from fastalps.environment import has_fast_bfloat16
 from fastalps.models import PRESETS
 from fastalps.testing import SCORE_ERROR
 
+# Patches a call, by effort.
+COUNTS = {"smoke": (5,), "quick": (96,), "full": (96, 1024, 4096)}
+# Larger calls only meet the peers that come nearest: all of them would take half an hour.
+SLOW_PEERS_UP_TO = 1024
+FAST_PEERS = ("ONNX Runtime", "OpenVINO fp32", "OpenVINO bf16")
 # Of the networks in the quick run: the one that goals are stated for, and the fastest.
 QUICK = ("network-b", "fast")
 GATE = 3.0
 REGION = (
     "uint8 frames on the {place} to both scores of every patch (normal, perturbed) on the {place}: "
     "tiling, gate, network, errors"
+)
+
+PATCH_REGION = (
+    "uint8 patches on the host to both scores of each (normal, perturbed) on the host: conversion, "
+    "network, errors"
 )
 
 
@@ -91,7 +101,22 @@ def _scorer(scorer: fastalps.Scorer) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _candidates(settings: Settings, preset: str, gated: bool) -> tuple[list[Candidate], int]:
+def _patch_scores(network: peers.Network, batch: int) -> Callable[[Tensor], Tensor]:
+    """A peer around `network`: convert and run in batches."""
+
+    def run(patches: Tensor) -> Tensor:
+        return torch.cat([network(piece / 255) for piece in patches.split(batch)], 1)
+
+    return torch.inference_mode()(run)
+
+
+def _patch_scorer(scorer: fastalps.Scorer) -> Callable[[Tensor], Tensor]:
+    return lambda patches: torch.stack(scorer.scores_images(patches)[:2])
+
+
+def _candidates(
+    settings: Settings, preset: str, gated: bool, frames: bool = True
+) -> tuple[list[Candidate], int]:
     device, model = settings.device, _model(settings, preset)
     background = _video(settings).background.to(device) if gated else None
     gate = fastalps.MotionGate(GATE, background) if gated else None
@@ -116,11 +141,13 @@ def _candidates(settings: Settings, preset: str, gated: bool) -> tuple[list[Cand
             nonlocal batch
             made = fastalps.Scorer(model, precision=precision, gate=gate, device=device)
             batch = made.batch_size
-            return _scorer(made)
+            return _scorer(made) if frames else _patch_scorer(made)
 
         return make
 
     def peer(make: Callable[[], peers.Network]) -> Callable[[], Any]:
+        if not frames:
+            return lambda: _patch_scores(make(), batch)
         return lambda: _frame_scores(make(), batch, background, device)
 
     fp32, bf16 = torch.float32, torch.bfloat16
@@ -189,11 +216,53 @@ def _prepare(preset: str, gated: bool, place: str) -> Callable[[Settings], Work]
     return prepare
 
 
+def _patches(settings: Settings, count: int) -> Tensor:
+    """uint8 (count, 1, 30, 30): patches of the test frames, repeated where they are too few."""
+    found = tile_permute(_video(settings).test).flatten(0, 1).mul(255).round().to(torch.uint8)
+    return _repeated(found, 0, count)
+
+
+def _repeated(values: Tensor, dim: int, count: int) -> Tensor:
+    """`values`, over and over along a dimension until there are `count`."""
+    return values.index_select(dim, torch.arange(count) % values.shape[dim])
+
+
+def _prepare_patches(preset: str, count: int) -> Callable[[Settings], Work]:
+    def prepare(settings: Settings) -> Work:
+        model, patches = _model(settings, preset), _patches(settings, count)
+        exact = _repeated(_exact(settings, preset).cpu().flatten(1), 1, count)
+        candidates, batch = _candidates(settings, preset, False, frames=False)
+        if count > SLOW_PEERS_UP_TO:
+            candidates = [c for c in candidates if c.ours or c.name in FAST_PEERS]
+        amounts = {
+            "patches": count,
+            "scored_patches": count,
+            "flop": count * model.flops(),
+        }
+        details = {
+            "data": _video(settings).source,
+            "network": preset,
+            "weights": "briefly trained here; no AUROC is claimed for them",
+            "flop_per_patch": model.flops(),
+            "batch_size": batch,
+        }
+        return Work(
+            candidates,
+            lambda _, result: relative_error(result, exact, floor=1e-30),
+            [(patches,)],
+            amounts,
+            PATCH_REGION,
+            details,
+        )
+
+    return prepare
+
+
 def cases(settings: Settings) -> list[Case]:
-    """Each network on all patches and on those that move."""
+    """Each network on all patches and on those that move; on a CPU also on patches as such."""
     presets = {"smoke": QUICK[1:], "quick": QUICK, "full": tuple(PRESETS)}[settings.effort]
     places = ("host",) if settings.device == "cpu" else ("host", "device")
-    return [
+    found = [
         Case(
             f"scoring/{preset}/{'gated' if gated else 'all'}"
             + ("-on-device" if place == "device" else ""),
@@ -206,3 +275,14 @@ def cases(settings: Settings) -> list[Case]:
         for gated in (False, True)
         for place in places
     ]
+    if settings.device == "cpu":
+        found += [
+            Case(
+                f"scoring/{preset}/{count}-patches",
+                f'patches of 30x30, {count:,} a call, preset "{preset}"',
+                _prepare_patches(preset, count),
+            )
+            for preset in presets
+            for count in COUNTS[settings.effort]
+        ]
+    return found

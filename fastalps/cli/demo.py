@@ -55,11 +55,12 @@ def demo(arguments: Sequence[str]) -> None:
     begin = time.perf_counter()
     scorer.score_images(many)
     rate = len(many) / (time.perf_counter() - begin)
+    how = {"engine": "whole-network engine", "layers": "layer by layer"}[scorer.method]
     record = json.loads((out / run_folder.METRICS).read_text(encoding="utf-8"))
     print(
         f"\nAUROC {100 * record['metrics']['reported']['auroc']:.2f}%: a random other digit scores "
         f"above a random {NORMAL_CLASS} that often."
-        f"\nSpeed: {rate:,.0f} images/s, uint8 pixels to scores ({scorer.precision}, "
+        f"\nSpeed: {rate:,.0f} images/s, uint8 pixels to scores ({how}, {scorer.precision}, "
         f"{torch.get_num_threads()} threads, {len(many):,} images)."
         f"\nPictures: {out / run_folder.FIGURES} (roc, histogram, reconstructions, losses)."
     )

@@ -17,7 +17,7 @@ from fastalps import backends, ops
 from fastalps.engine.packing import pack
 from fastalps.inference import Cut, Passes, fold_batch_norm
 from fastalps.inputs import unit_pixels
-from fastalps.models import ALPS
+from fastalps.models import ALPS, ModelConfig
 
 logger = logging.getLogger("fastalps")
 
@@ -35,12 +35,19 @@ _library.define(
 )
 
 
-def why_not(device: torch.device, precision: str) -> str:
-    """Why the engine cannot score on this device in this precision; empty where it can."""
+# Pixels along an axis at most: the last maps of larger images have more than the 64 pixels that
+# csrc/cpu/engine.h sums at once.
+LARGEST_IMAGE = 1024
+
+
+def why_not(config: ModelConfig, device: torch.device, precision: str) -> str:
+    """Why the engine cannot score with this model, device and precision; empty where it can."""
     if device.type != "cpu":
         return f"the engine runs on CPUs, not on {device.type} devices"
     if precision != "fp32":
         return f"the engine computes in fp32, not in {precision}"
+    if max(config.image_size) > LARGEST_IMAGE:
+        return f"the engine takes images of up to {LARGEST_IMAGE} pixels, not {config.image_size}"
     native = backends.load_native("cpu")
     return "" if native.available else native.reason
 
@@ -61,6 +68,8 @@ class Engine:
         model: an `fastalps.ALPS`; copied, so that later changes to it do not show.
         minimal: use algorithms with fewer multiplications (see `fastalps.engine.axes`); False:
             direct convolutions, for comparison.
+
+    `flop`: floating-point operations of both scores of an image, without the sums around products.
     """
 
     def __init__(self, model: ALPS, minimal: bool = True) -> None:
@@ -69,7 +78,7 @@ class Engine:
         network = copy.deepcopy(model).eval().requires_grad_(False).to("cpu", torch.float64)
         fold_batch_norm(network)
         self.config = model.config
-        self.plan, self.weights = pack(network, minimal)
+        self.plan, self.weights, self.flop = pack(network, minimal)
         self.call_size = max(1, int(CALL_FLOP / model.flops()))
 
     @torch.inference_mode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,14 @@ BAND = 8
 _NAMES = tuple(axes.ALGORITHMS)  # in the order of `Algorithm` in csrc/cpu/engine.h
 
 
+class Packed(NamedTuple):
+    """What the native call takes, and the work in it."""
+
+    plan: Tensor  # int64
+    weights: Tensor  # float32
+    flop: int  # of both scores of an image: multiplications and as many additions
+
+
 class Packer:
     """Collects layers in the order that csrc/cpu/engine_plan.cpp reads them."""
 
@@ -27,9 +36,13 @@ class Packer:
         self.minimal = minimal
         self.plan: list[int] = []
         self.weights: list[Tensor] = []
+        # Of both scores of an image: the decoder runs once for each.
+        self.multiplications = 0
+        self._passes = 1
 
-    def packed(self) -> tuple[Tensor, Tensor]:
-        return torch.tensor(self.plan, dtype=torch.int64), torch.cat(self.weights)
+    def packed(self) -> Packed:
+        plan = torch.tensor(self.plan, dtype=torch.int64)
+        return Packed(plan, torch.cat(self.weights), 2 * self.multiplications)
 
     def encoder(self, encoder: Encoder, sizes: Sequence[tuple[int, int]], slope: float) -> None:
         """Four strided convolutions; the last one with the average pooling behind it."""
@@ -47,6 +60,7 @@ class Packer:
     def decoder(self, model: ALPS, slope: float) -> None:
         """The dense layer, four transposed strided convolutions, and two of stride 1."""
         decoder, sizes = model.decoder, model.config.map_sizes()[::-1]
+        self._passes = 1 if model.config.perturbation == "none" else 2
         *halves, inner, last = (m for m in decoder.layers if isinstance(m, nn.ConvTranspose2d))
         self.plan.append(len(halves) + 3)
         # From (channel, pixel), the order of its outputs, to (pixel, channel).
@@ -71,6 +85,8 @@ class Packer:
         """`weight`: float64 (out, in, height, width), as of a convolution."""
         outputs, inputs = weight.shape[:2]
         self.plan += [inputs, outputs]
+        products = rows.multiplications() * columns.multiplications() * inputs * outputs
+        self.multiplications += self._passes * products
         filters = []
         for axis, taps in ((rows, weight.shape[2]), (columns, weight.shape[3])):
             self._axis(axis)
@@ -106,7 +122,7 @@ def _tiled(filters: Tensor) -> Tensor:
     ).flatten()
 
 
-def pack(model: ALPS, minimal: bool = True) -> tuple[Tensor, Tensor]:
+def pack(model: ALPS, minimal: bool = True) -> Packed:
     """The plan and the weights of a model whose batch norms are folded, in float64.
 
     Args:
