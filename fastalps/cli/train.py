@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastalps import environment
+from fastalps import distributed, environment
 from fastalps.cli import command, figures, run_folder
 from fastalps.cli.evaluation import Evaluation, Video, evaluate_images, evaluate_video
 from fastalps.cli.options import (
@@ -88,32 +88,37 @@ def train(arguments: Sequence[str]) -> None:
         # UCSD has no anomaly outside its test set: nothing but normal loss can pick an epoch.
         config = dataclasses.replace(config, protocol="strict")
 
-    data, video = _load(data_options, config, evaluation_options)
-    torch.manual_seed(config.seed)
-    model = ALPS(
-        tuple(data.train.shape[2:]),
-        data.train.shape[1],
-        model_options.preset,
-        **model_options.overrides(),
-    )
-    device = choose_device(config)
-    make_folder(folder)
-    stored = options.clone(with_meta=False)
-    stored.root, stored.cache = absolute(data_options.root), absolute(data_options.cache)
-    for name in ("out", "resume", "config"):
-        stored.pop(name, None)
-    write_text(
-        folder / run_folder.CONFIG, parser.dump(stored, skip_none=False, skip_validation=True)
-    )
-    print(
-        f"{data.name}: {len(data.train)} training images of "
-        f"{' x '.join(map(str, data.train.shape[1:]))}, {len(data.validation)} held out; "
-        f"{config.epochs} epochs on {_described(device)}"
-    )
-
-    begin = time.perf_counter()
-    fitted = _fit(model, data, config, folder, options.resume)
-    seconds = time.perf_counter() - begin
+    # Every process has checked the folder before the first one writes to it.
+    with distributed.launched(config.device) as here:
+        config = dataclasses.replace(config, device=here)
+        processes, first = distributed.world_size(), distributed.rank() == 0
+        data, video = _load(data_options, config, evaluation_options)
+        torch.manual_seed(config.seed)
+        model = ALPS(
+            tuple(data.train.shape[2:]),
+            data.train.shape[1],
+            model_options.preset,
+            **model_options.overrides(),
+        )
+        device = choose_device(config)
+        if first:
+            make_folder(folder)
+            stored = options.clone(with_meta=False)
+            stored.root, stored.cache = absolute(data_options.root), absolute(data_options.cache)
+            for name in ("out", "resume", "config"):
+                stored.pop(name, None)
+            text = parser.dump(stored, skip_none=False, skip_validation=True)
+            write_text(folder / run_folder.CONFIG, text)
+            print(
+                f"{data.name}: {len(data.train)} training images of "
+                f"{' x '.join(map(str, data.train.shape[1:]))}, {len(data.validation)} held out; "
+                f"{config.epochs} epochs on {_described(device, processes)}"
+            )
+        begin = time.perf_counter()
+        fitted = _fit(model, data, config, folder, options.resume)
+        seconds = time.perf_counter() - begin
+    if not first:
+        return
     if video is None:
         result = evaluate_images(fitted, data, evaluation_options)
     else:
@@ -247,10 +252,12 @@ def _write(
     run_folder.write_metrics(folder / run_folder.METRICS, record)
 
 
-def _described(device: torch.device) -> str:
+def _described(device: torch.device, processes: int) -> str:
     if device.type == "cpu":
-        return f"{torch.get_num_threads()} CPU threads"
-    return torch.cuda.get_device_name(device)
+        one = f"{torch.get_num_threads()} CPU threads"
+    else:
+        one = torch.cuda.get_device_name(device)
+    return one if processes == 1 else f"{processes} processes, each on {one}"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastalps import distributed
 from fastalps.inputs import unit_pixels
 
 
@@ -39,12 +40,16 @@ class Batches:
         return len(self.images) // self.size
 
     def epoch(self, seed: int, epoch: int) -> Iterator[Tensor]:
-        """The batches of one epoch, float32 in [0, 1]; the order follows from seed and epoch."""
+        """The batches of one epoch, float32 in [0, 1]; the order follows from seed and epoch.
+
+        Of several processes (`fastalps.distributed`) each gets its share of every batch.
+        """
         # Drawn on the CPU: the same order on every device.
         generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
         order = torch.randperm(len(self.images), generator=generator).to(self.images.device)
+        mine = distributed.share(self.size)
         for chosen in order[: len(self) * self.size].split(self.size):
-            batch = unit_pixels(self.images.index_select(0, chosen))
+            batch = unit_pixels(self.images.index_select(0, chosen[mine]))
             yield batch.contiguous(memory_format=self.memory_format)
 
     def fingerprint(self) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastalps import distributed
 from fastalps.checkpoint import VERSION, check_state, read_tensors, save_tensors
 from fastalps.errors import UserError
 from fastalps.training.config import TrainConfig
@@ -149,6 +150,8 @@ def _plain(config: Any) -> dict[str, Any]:
 def _check_same(path: str | os.PathLike[str], theirs: dict[str, Any], mine: dict[str, Any]) -> None:
     # A schedule that ends with the run has another course when the run is longer.
     free = set(FREE_OPTIONS) - ({"epochs"} if mine.get("schedule") == "cosine" else set())
+    if distributed.world_size() > 1:
+        free.add("device")  # each process has its own
     for name in sorted({*theirs, *mine} - free):
         if theirs.get(name) != mine.get(name):
             raise UserError(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastalps import ops
+from fastalps import distributed, ops
 from fastalps.models import ALPS
 from fastalps.training.config import TrainConfig
 
@@ -112,7 +112,7 @@ class Steps:
                 logits = self.decode(latent)
             else:
                 with torch.no_grad():
-                    perturbation = model.distort(images, self._generator())
+                    perturbation = self._perturbation(images)
                     perturbation = perturbation.to(latent.dtype)
                 perturbed, _ = ops.perturb_latent(latent, perturbation, model.config.strength)
                 logits = self.decode(torch.cat([latent, perturbed]))
@@ -145,8 +145,17 @@ class Steps:
         # A disabled scaler passes everything through. Fused optimisers unscale in their kernel, so
         # nothing is read back.
         self.scaler.scale(loss).backward()
+        distributed.average_gradients(optimizer.param_groups[0]["params"])
         self.scaler.step(optimizer)
         self.scaler.update()
+
+    def _perturbation(self, images: Tensor) -> Tensor:
+        model, share = self.model, distributed.share
+        if model.config.perturbation != "noise" or distributed.world_size() == 1:
+            return model.distort(images, self._generator())
+        # The noise of the whole batch, of which this process takes its own rows.
+        whole = images.new_empty(1).expand(len(images) * distributed.world_size(), 1)
+        return model.distort(whole, self._generator())[share(len(whole))]
 
     def _generator(self) -> torch.Generator | None:
         # Under capture, noise comes from the default generator, which graphs know how to advance.

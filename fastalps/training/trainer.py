@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastalps import distributed
 from fastalps.data import OneClassData
 from fastalps.environment import has_fast_bfloat16
 from fastalps.errors import UserError
@@ -103,7 +104,7 @@ class Trainer:
     ) -> None:
         self.config = config or TrainConfig()
         self.run_dir = None if run_dir is None else make_folder(run_dir)
-        self.progress = progress
+        self.progress = progress and not distributed.rank()
 
     def fit(self, model: ALPS, data: OneClassData | Tensor, resume: bool = False) -> FitResult:
         """Trains `model` in place.
@@ -132,8 +133,10 @@ class Trainer:
         if task is None and self.config.select == "auto":
             selection = "last"
         validator = Validator(task, selection)
-        with _deterministic(self.config.deterministic):
-            return self._fit(model.to(device), images, validator, resume)
+        model.to(device)
+        distributed.broadcast(model)
+        with _deterministic(self.config.deterministic), distributed.synchronised(model):
+            return self._fit(model, images, validator, resume)
 
     def _fit(self, model: ALPS, images: Tensor, validator: Validator, resume: bool) -> FitResult:
         config = self.config
@@ -141,6 +144,11 @@ class Trainer:
         model.to(memory_format=layout)  # type: ignore[call-overload]
         model.train()
         batches = Batches(images, config.batch_size, next(model.parameters()).device, layout)
+        if batches.size % distributed.world_size():
+            raise ValueError(
+                f"batch_size: {batches.size} images do not divide among "
+                f"{distributed.world_size()} processes; use a multiple of that number"
+            )
         steps = Steps(model, config)
         average = Average(model, config.average_decay) if config.average_decay else None
         state = RunState()
@@ -198,7 +206,8 @@ class Trainer:
                 average.update()
             bar.update()
         # The epoch's only wait for the device.
-        mean = [*(errors / len(batches)).tolist(), *(contest / len(batches)).tolist()]
+        sums = distributed.average(torch.cat([errors, contest]))
+        mean = (sums / len(batches)).tolist()
         seconds = time.perf_counter() - start
         if not all(map(math.isfinite, mean)):
             raise UserError(
@@ -238,6 +247,8 @@ class Trainer:
         return self.run_dir / name
 
     def _save(self, state: RunState, steps: Steps, average: Average | None, data: str) -> None:
+        if distributed.rank():
+            return
         save_run(self._path(CHECKPOINT), state, steps, average, self.config, data)
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -253,7 +264,9 @@ class Players:
         self.steps = steps
         self.has_distorter = "distorter" in steps.optimizers
         wish = steps.config.cuda_graphs
-        self.capture = wish == "on" or (wish == "auto" and steps.device.type == "cuda")
+        # Messages between processes are not captured.
+        alone = distributed.world_size() == 1
+        self.capture = wish == "on" or (wish == "auto" and steps.device.type == "cuda" and alone)
         self._captured: dict[str, Callable[[Tensor], Tensor]] = {}
 
     def autoencoder(self, batch: Tensor) -> Tensor:

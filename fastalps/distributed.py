@@ -1,0 +1,206 @@
+"""Several processes on one training: torchrun's environment, gradients, batch statistics.
+
+Every process holds the model and takes its share of each batch; sums over processes make the step
+the one that a single process would take on the whole batch, up to rounding. NCCL on GPUs, gloo on
+CPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastalps.errors import UserError
+
+
+def rank() -> int:
+    """The number of this process, from 0; 0 when it is alone."""
+    return dist.get_rank() if _running() else 0
+
+
+def world_size() -> int:
+    """How many processes train together; 1 when this one is alone."""
+    return dist.get_world_size() if _running() else 1
+
+
+def _running() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+@contextlib.contextmanager
+def launched(device: str = "auto") -> Iterator[str]:
+    """Joins the processes that torchrun started, for as long as the context lasts.
+
+    Args:
+        device: "auto", "cpu" or "cuda"; with several processes each takes the GPU of its number.
+
+    Yields:
+        the device of this process. A process that was not started by torchrun, or alone, or that
+        has joined already, gets `device` back.
+
+    Raises:
+        UserError: fewer GPUs than processes, a numbered device, an environment that is not whole.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1" or _running():
+        yield device
+        return
+    missing = [
+        n for n in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ
+    ]
+    if missing or not size.isdigit():
+        raise UserError(
+            f"WORLD_SIZE is {size!r}, but {', '.join(missing) or 'it'} is missing or no number; "
+            "start several processes with torchrun"
+        )
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device: expected auto, cpu or cuda under torchrun, got {device!r}")
+    local = int(os.environ["LOCAL_RANK"])
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        count = torch.cuda.device_count()
+        if local >= count:
+            raise UserError(
+                f"device: torchrun started process {local} of this machine, which has {count} CUDA "
+                f"devices; use --nproc-per-node={count} or --device cpu"
+            )
+        torch.cuda.set_device(local)
+        device = f"cuda:{local}"
+    dist.init_process_group("nccl" if device != "cpu" else "gloo")
+    try:
+        yield device
+        # Nobody leaves while another still sends.
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def share(count: int) -> slice:
+    """This process's part of `count` things in order: all parts together are 0 to `count`."""
+    size, number = world_size(), rank()
+    return slice(count * number // size, count * (number + 1) // size)
+
+
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Gradients of all processes, averaged in place, in one message."""
+    if world_size() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    start = 0
+    for gradient in gradients:
+        # Strided weights (channels last) are flattened in logical order, and back.
+        gradient.copy_(flat[start : start + gradient.numel()].view(gradient.shape))
+        start += gradient.numel()
+
+
+def average(values: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, as a new tensor."""
+    if world_size() == 1:
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
+def gather_shares(values: Tensor, count: int) -> Tensor | None:
+    """The parts that `share(count)` gave, put together in order: (count, ...) on process 0.
+
+    Args:
+        values: this process's part, on the CPU for gloo.
+
+    Returns:
+        None on the other processes.
+    """
+    if world_size() == 1:
+        return values
+    # Parts differ by one in length at most; messages must not.
+    longest = -(-count // world_size())
+    padded = values.new_zeros((longest, *values.shape[1:]))
+    padded[: len(values)] = values
+    parts = [torch.empty_like(padded) for _ in range(world_size())] if rank() == 0 else None
+    dist.gather(padded, parts)
+    if parts is None:
+        return None
+    lengths = [count * (i + 1) // len(parts) - count * i // len(parts) for i in range(len(parts))]
+    return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over processes; its gradient is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+class SynchronisedBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation by the statistics of the batch of all processes, shares of one size.
+
+    ``nn.SyncBatchNorm`` does the same on GPUs only.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        count = input.numel() // input.shape[1] * world_size()
+        values = input.float()
+        mean = _Sum.apply(values.sum((0, 2, 3))) / count
+        # From the mean, not from the squares: no digits cancel.
+        centred = values - mean[:, None, None]
+        variance = _Sum.apply(centred.square().sum((0, 2, 3))) / count
+        self._track(mean.detach(), variance.detach() * count / max(1, count - 1))
+        scale = self.weight.float() * torch.rsqrt(variance + self.eps)
+        result = centred * scale[:, None, None] + self.bias.float()[:, None, None]
+        return result.to(input.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None:
+            return
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked += 1
+        momentum = 0.1 if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)
+
+
+@contextlib.contextmanager
+def synchronised(model: nn.Module) -> Iterator[None]:
+    """Inside, the model's batch norms see the batch of all processes."""
+    norms = [m for m in model.modules() if type(m) is nn.BatchNorm2d] if world_size() > 1 else []
+    for norm in norms:
+        # The same parameters and buffers by the same names, whoever holds the module.
+        norm.__class__ = SynchronisedBatchNorm2d
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.__class__ = nn.BatchNorm2d
+
+
+def broadcast(model: nn.Module) -> None:
+    """Process 0's weights for all."""
+    if world_size() > 1:
+        for value in model.state_dict().values():
+            # Messages are contiguous; channels-last weights are not.
+            plain = value.contiguous()
+            dist.broadcast(plain, 0)
+            value.copy_(plain)
