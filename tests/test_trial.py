@@ -42,6 +42,7 @@ def test_prints_what_was_measured(folder, monkeypatch, capsys) -> None:
     monkeypatch.setattr(trial, "ANOMALOUS", 40)
     options = ["--normal-class", "3", "--root", str(folder), "--epochs", "2", "--device", "cpu"]
     options += ["--preset", "fast", "--batch-size", "2"]
+    options += ["--encoder", "[8,8,16]", "--decoder", "[16,8,8,8,8,8]"]
     before = torch.get_num_threads()
     try:
         assert trial.main(options) == 0
@@ -50,7 +51,12 @@ def test_prints_what_was_measured(folder, monkeypatch, capsys) -> None:
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["epoch"] for row in rows[:2]] == [1, 2]
     assert all(0 <= row[kind] <= 100 for row in rows[:7] for kind in ("normal", "average"))
-    assert rows[-1]["model"]["preset"] == "fast"
+    model = rows[-1]["model"]
+    assert (model["preset"], model["encoder"], model["distorter"]) == (
+        "fast",
+        [8, 8, 16],
+        [8, 8, 16],
+    )
 
 
 def test_bad_options_are_one_line(folder, capsys) -> None:

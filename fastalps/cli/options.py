@@ -62,6 +62,9 @@ class ModelOptions:
     Attributes:
         preset: paper (the paper's layer counts), fast (narrower) or network-b (wider).
         latent: size of the latent vector; null = the preset's.
+        encoder: widths of the first three convolutions, such as [32,64,128]; null = the preset's.
+        distorter: the same of the distorter; null = as the encoder.
+        decoder: six widths, from the smallest map to the last hidden layer; null = the preset's.
         perturbation: adversarial (ALPS), noise (random) or none (a plain autoencoder).
         bound: on the perturbation: none, tanh or norm.
         strength: factor on the perturbation.
@@ -70,6 +73,9 @@ class ModelOptions:
 
     preset: str = "paper"
     latent: int | None = None
+    encoder: list[int] | None = None
+    distorter: list[int] | None = None
+    decoder: list[int] | None = None
     perturbation: str = "adversarial"
     bound: str = "none"
     strength: float = 1.0
@@ -79,9 +85,7 @@ class ModelOptions:
         """Keyword arguments of `fastalps.ALPS` besides image size, channels and preset."""
         fields = dataclasses.asdict(self)
         del fields["preset"]
-        if self.latent is None:
-            del fields["latent"]
-        return fields
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 @dataclass(frozen=True)
