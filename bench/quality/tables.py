@@ -101,15 +101,16 @@ def _row(values: Sequence[str]) -> str:
 # Rows of table II: (label, variant, entry of the record's metrics).
 VIDEO_ROWS = (
     ("no learning: change since the frame before", "gray", "motion_baseline"),
-    ("the same, relative to contrast, half-overlapping patches", "gray", "motion_baseline_ours"),
+    ("the same, relative to contrast, options as below", "motion", "motion_baseline_ours"),
     ("plain: gray patches, average score", "gray", "average"),
     ("motion patches, average score", "motion", "average"),
-    ("ours: motion patches, relative to contrast, half-overlapping", "motion", "ours"),
+    ("ours: motion patches, relative to contrast, options by rehearsal", "motion", "ours"),
+    ("the same, but the normal score", "motion", "ours_normal"),
 )
 # Columns: (head, level, path to the figures).
 VIDEO_COLUMNS = (
     ("frames, max", ("frame", "micro", "max", "gated")),
-    ("frames, top 3 over 21 frames", ("frame", "micro_smooth21", "topk", "gated")),
+    ("frames, top patches over 21 frames", ("frame", "micro_smooth21", "topk", "gated")),
     ("all patches", ("patch", "all")),
     ("moving patches", ("patch", "gated")),
 )
