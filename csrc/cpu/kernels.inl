@@ -18,6 +18,7 @@ namespace {
 #include "tiling.inl"
 #include "folding.inl"
 #include "engine_transforms.inl"
+#include "engine_products.inl"
 #include "engine.inl"
 // clang-format on
 

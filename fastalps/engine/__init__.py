@@ -21,8 +21,9 @@ from fastalps.models import ALPS, ModelConfig
 
 logger = logging.getLogger("fastalps")
 
-# Floating-point operations of a native call at most, but for a single frame: Ctrl-C waits for one.
-CALL_FLOP = 2e10
+# Floating-point operations of a native call for each thread, or a single frame if that has more:
+# Ctrl-C waits for a call. Half a second at most on any machine, and enough blocks to share out.
+CALL_FLOP = 1e10
 
 _library = torch.library.Library("fastalps", "FRAGMENT")
 _library.define(
@@ -79,7 +80,7 @@ class Engine:
         fold_batch_norm(network)
         self.config = model.config
         self.plan, self.weights, self.flop = pack(network, minimal)
-        self.call_size = max(1, int(CALL_FLOP / model.flops()))
+        self.call_size = max(1, int(CALL_FLOP / model.flops()))  # images, for each thread
 
     @torch.inference_mode()
     def errors(self, images: Tensor, passes: Passes) -> Tensor:
@@ -93,8 +94,11 @@ class Engine:
             (1, N) float32, or (2, N) for "both": normal, then perturbed.
         """
         images = _accepted(images)
-        found = [self._call(part, passes) for part in images.split(self.call_size)]
+        found = [self._call(part, passes) for part in images.split(self._images_a_call())]
         return torch.cat(found, 1)
+
+    def _images_a_call(self) -> int:
+        return self.call_size * torch.get_num_threads()
 
     def _call(self, images: Tensor, passes: Passes) -> Tensor:
         noise, flags = self._passes(images.shape[0], passes)
@@ -128,7 +132,7 @@ class Engine:
         rows, columns = ops.patch_grid(frames.shape[-2:], *cut)
         patches = len(rows) * len(columns)
         pieces = []
-        for part in frames.split(max(1, self.call_size // patches)):
+        for part in frames.split(max(1, self._images_a_call() // patches)):
             noise, flags = self._passes(part.shape[0] * patches, passes)
             pieces.append(
                 torch.ops.fastalps.engine_frames(
