@@ -1,95 +1,116 @@
-"""Instructions that one call of the fp32 engine executes, and those of its peers, by callgrind.
+"""Instructions that the fp32 engine executes for a patch, and those of its peers, by callgrind.
 
 Counts do not depend on what else a machine does: a second witness beside times. Each candidate runs
-the same random network on the same patches, on one thread, under `valgrind --tool=callgrind`, once
-with one call and once with two; the difference is a call. A vector instruction counts as one,
-whatever its width: compare on one machine.
+the same random network, both scores, on one thread under `valgrind --tool=callgrind`, with one call
+and with two; the difference is a call. A vector instruction counts as one, whatever its width:
+compare on one machine. The engine is its block kernel, called by bench/engine_block.cpp, which is
+linked with the objects of the last build. OpenVINO is not among them: callgrind reported fewer
+instructions for it (1.8 million a patch of network-b) than it must execute multiply-adds.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
+import torch
+
+import fastalps
+from bench import peers
 from bench.command_line import Parser, guarded
+from fastalps.engine import Engine
 from fastalps.errors import UserError
 from fastalps.models import PRESETS
 
-CANDIDATES = ("engine", "engine-direct", "onnxruntime", "openvino", "eager-nhwc")
+ROOT = Path(__file__).resolve().parents[1]
+CANDIDATES = ("engine", "engine-direct", "onnxruntime")
+# Without torch, whose import would take valgrind minutes.
+PEERS = {
+    "onnxruntime": """
+import sys, numpy, onnxruntime
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = 1
+session = onnxruntime.InferenceSession(sys.argv[1], options)
+patches = numpy.load(sys.argv[2])
+for _ in range(int(sys.argv[3])):
+    session.run(None, {"patches": patches})
+""",
+}
 
 
-def _candidate(name: str, preset: str) -> Callable[[Any], Any]:
-    import torch
-
-    import fastalps
-    from bench import peers
-    from bench.harness import Settings
-    from fastalps.engine import Engine
-
-    torch.manual_seed(0)
-    model = fastalps.ALPS(30, preset=preset).eval()
-    settings = Settings("quick", "cpu", 1)
-    if name.startswith("engine"):
-        engine = Engine(model, minimal=name == "engine")
-        return lambda patches: engine.errors(patches, "both")
-    if name == "onnxruntime":
-        return peers.onnx_runtime(model, settings)
-    if name == "openvino":
-        return peers.openvino(model, settings, "f32")
-    return torch.inference_mode()(peers.eager(model, "cpu", torch.float32, True))
+def _engine_command(folder: Path, model: fastalps.ALPS, minimal: bool, patches: int) -> list[str]:
+    """The compiled block kernel, with the files that it reads."""
+    objects = sorted((ROOT / "build" / "native" / "fastalps_cpu").glob("*.o"))
+    objects = [path for path in objects if not path.name.startswith("bindings")]
+    compiler = os.environ.get("CXX", "c++")
+    if not objects or shutil.which(compiler) is None:
+        raise UserError("the engine's objects or a compiler are missing; run make setup")
+    program = folder / "engine_block"
+    source = str(ROOT / "bench" / "engine_block.cpp")
+    command = [compiler, "-std=c++20", "-O2", f"-I{ROOT / 'csrc'}", source, *map(str, objects)]
+    subprocess.run([*command, "-o", str(program)], check=True)
+    engine = Engine(model, minimal)
+    engine.plan.numpy().tofile(folder / "plan")
+    engine.weights.numpy().tofile(folder / "weights")
+    return [str(program), str(folder / "plan"), str(folder / "weights"), str(patches)]
 
 
-def _child(name: str, preset: str, patches: int, calls: int) -> None:
-    import torch
-
-    from fastalps import backends
-
-    torch.set_num_threads(1)
-    backends.load_native("cpu")
-    run = _candidate(name, preset)
-    data = torch.rand(patches, 1, 30, 30, generator=torch.Generator().manual_seed(0))
-    for _ in range(calls):
-        run(data)
+def _peer_command(folder: Path, model: fastalps.ALPS, name: str, patches: int) -> list[str]:
+    if reason := peers.missing(name, "onnx"):
+        raise UserError(f"{name}: {reason}")
+    (folder / "model.onnx").write_bytes(peers.onnx_bytes(model))
+    np.save(folder / "patches.npy", np.random.default_rng(0).random((patches, 1, 30, 30), "f4"))
+    files = [str(folder / "model.onnx"), str(folder / "patches.npy")]
+    return [sys.executable, "-c", PEERS[name], *files]
 
 
-def _counted(name: str, preset: str, patches: int, calls: int) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/out"]
-        command += ["--smc-check=all-non-file", sys.executable, __file__]
-        command += ["--child", name, "--preset", preset, "--patches", str(patches)]
-        done = subprocess.run(
-            [*command, "--calls", str(calls)], capture_output=True, text=True, check=False
-        )
+def _counted(folder: Path, command: Sequence[str], calls: int) -> int:
+    valgrind = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/out"]
+    done = subprocess.run(
+        # Peers write machine code while they run.
+        [*valgrind, "--smc-check=all-non-file", *command, str(calls)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     found = re.search(r"Collected : (\d+)", done.stderr)
     if done.returncode or found is None:
-        last = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise UserError(f"{name}: valgrind failed: {last}")
+        raise UserError(
+            f"valgrind failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}"
+        )
     return int(found[1])
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.child:
-        _child(options.child, options.preset, options.patches, options.calls)
-        return 0
     if shutil.which("valgrind") is None:
         raise UserError("valgrind was not found; install it")
+    torch.manual_seed(0)
+    model = fastalps.ALPS(30, preset=options.preset).eval()
     first = None
     for name in options.candidates.split(","):
-        # One call beforehand in both: libraries prepare their kernels at the first.
-        one, two = (_counted(name, options.preset, options.patches, calls) for calls in (1, 2))
+        if name not in CANDIDATES:
+            raise UserError(f"--candidates: expected {', '.join(CANDIDATES)}; got {name!r}")
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            if name in PEERS:
+                command = _peer_command(folder, model, name, options.patches)
+            else:
+                command = _engine_command(folder, model, name == "engine", options.patches)
+            one, two = (_counted(folder, command, calls) for calls in (1, 2))
         patch = (two - one) / options.patches
         first = first or patch
         print(
-            f"{name:<16}{patch / 1e6:8.2f} M instructions/patch   {patch / first:5.2f}x", flush=True
+            f"{name:<14}{patch / 1e6:7.2f} M instructions/patch {patch / first:6.2f}x", flush=True
         )
     return 0
 
@@ -104,8 +125,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", default="network-b", choices=tuple(PRESETS))
     parser.add_argument("--patches", type=int, default=24, help="a call")
     parser.add_argument("--candidates", default=",".join(CANDIDATES), metavar="NAME,NAME")
-    parser.add_argument("--child", choices=CANDIDATES, help=argparse.SUPPRESS)
-    parser.add_argument("--calls", type=int, default=1, help=argparse.SUPPRESS)
     return guarded(lambda: _run(parser.parse_args(arguments)))
 
 

@@ -78,7 +78,8 @@ def compiled(model: Any, device: str, dtype: torch.dtype) -> Network:
     return lambda patches: run(patches).clone()
 
 
-def _onnx_bytes(model: Any) -> bytes:
+def onnx_bytes(model: Any) -> bytes:
+    """Both scores as an ONNX file: input "patches", output "errors", any number of patches."""
     # The TorchScript exporter: the newer one needs yet another package.
     shape = (2, model.config.channels, *model.config.image_size)
     buffer = io.BytesIO()
@@ -107,7 +108,7 @@ def onnx_runtime(model: Any, settings: Settings) -> Network:
     provider = "CUDAExecutionProvider" if settings.device == "cuda" else "CPUExecutionProvider"
     if provider not in onnxruntime.get_available_providers():
         raise RuntimeError(f"this onnxruntime has no {provider}")
-    session = onnxruntime.InferenceSession(_onnx_bytes(model), options, providers=[provider])
+    session = onnxruntime.InferenceSession(onnx_bytes(model), options, providers=[provider])
 
     def run(patches: Tensor) -> Tensor:
         (errors,) = session.run(None, {"patches": patches.cpu().numpy()})
@@ -121,7 +122,7 @@ def openvino(model: Any, settings: Settings, precision: str) -> Network:
     import openvino
 
     core = openvino.Core()
-    network = core.read_model(io.BytesIO(_onnx_bytes(model)))
+    network = core.read_model(io.BytesIO(onnx_bytes(model)))
     options = {
         "INFERENCE_NUM_THREADS": settings.threads,
         "INFERENCE_PRECISION_HINT": precision,
