@@ -68,6 +68,7 @@ _MODULES = (
     "protocols",
     "reference",
     "scoring",
+    "sklearn",
     "testing",
     "training",
 )
