@@ -105,6 +105,8 @@ def test_interrupt_ends_with_130_and_a_run_that_resumes(run, tmp_path) -> None:
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
+        # A test run in the background ignores Ctrl-C, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     history = folder / "history.csv"
     deadline = time.monotonic() + 120
