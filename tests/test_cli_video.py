@@ -154,7 +154,7 @@ def test_bad_clips(run, street, tmp_path, capsys) -> None:
     (tmp_path / "empty").mkdir()
     fails(tmp_path / "empty", "no images")
     fails(tmp_path / "absent", "does not exist")
-    fails(street / "Test" / "UCSDped2.m", "is a file")
+    fails(street / "Test" / "Test001" / "001.png", "is one image")
     frame = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
     save(tmp_path / "mixed" / "001.png", frame)
     save(tmp_path / "mixed" / "002.png", frame[:-1])

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -221,9 +222,29 @@ def timeline(
     _save(figure, path)
 
 
-def _timeline(axes: Axes, curve: Tensor, threshold: float, label: Tensor | None) -> None:
+def trace(
+    path: Path,
+    points: Tensor,
+    step: int,
+    calibration: Calibration,
+    threshold: float,
+    title: str,
+) -> None:
+    """`timeline` of an input of any length: each point is the highest score of `step` frames."""
+    figure = _figure(10, 3.2)
+    axes = figure.subplots()
+    _timeline(axes, points, threshold, None, step)
+    axes.set(xlabel="frame" if step == 1 else f"frame (highest of each {step})", title=title)
+    axes.set_ylabel(f"{calibration.score} score (mean squared error)")
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    _save(figure, path)
+
+
+def _timeline(
+    axes: Axes, curve: Tensor, threshold: float, label: Tensor | None, step: int = 1
+) -> None:
     values = curve.float().numpy()
-    frames = range(1, len(values) + 1)
+    frames = np.arange(len(values)) * step + 1
     if label is not None and len(values):
         axes.fill_between(
             frames,
@@ -236,15 +257,15 @@ def _timeline(axes: Axes, curve: Tensor, threshold: float, label: Tensor | None)
             step="mid",
         )
     axes.plot(frames, values, color=NORMAL, linewidth=1, label="score")
-    flagged = [i for i in frames if values[i - 1] > threshold]
+    flagged = values > threshold
     axes.plot(
-        flagged,
-        values[[i - 1 for i in flagged]],
+        frames[flagged],
+        values[flagged],
         ".",
         color=ANOMALOUS,
         markersize=4,
-        label=f"flagged ({len(flagged)})",
+        label=f"flagged ({flagged.sum()})" if step == 1 else "flagged",
     )
     axes.axhline(threshold, color="black", linestyle="--", linewidth=0.8, label="threshold")
-    axes.set_xlim(1, max(2, len(values)))
+    axes.set_xlim(1, max(2, len(values) * step))
     _tidy(axes)

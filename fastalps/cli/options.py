@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -111,6 +112,46 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         if not 0 < self.target_fpr < 1:
             raise UserError(f"target_fpr must be between 0 and 1, got {self.target_fpr}")
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """Scoring.
+
+    Attributes:
+        precision: fp32, bf16 or auto (bf16 where the device multiplies it in hardware).
+        device: cpu, cuda, cuda:1, ... or auto.
+        threshold: flag what scores above this, in place of the run's own threshold.
+        overlays: frames to draw with their heatmaps, those with the highest scores; -1 = all.
+        chunk: frames read and scored at a time.
+        batch_size: patches or images a network call; null = chosen by size and device.
+        limit: frames to score at most; null = all. A camera has no end: give one, or Ctrl-C.
+        timeout: seconds to wait for an answer of a network stream.
+        reconnects: attempts in a row to connect to a camera or a live stream again.
+    """
+
+    precision: str = "auto"
+    device: str = "auto"
+    threshold: float | None = None
+    overlays: int = 10
+    chunk: int = 128
+    batch_size: int | None = None
+    limit: int | None = None
+    timeout: float = 10.0
+    reconnects: int = 5
+
+    def __post_init__(self) -> None:
+        if self.overlays < -1:
+            raise UserError(f"overlays must be a number of frames, or -1 for all: {self.overlays}")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise UserError(f"threshold must be a finite number, got {self.threshold}")
+        for name, value in (("chunk", self.chunk), ("limit", self.limit)):
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be a number of frames from 1 up, got {value}")
+        if not 0 < self.timeout < math.inf:
+            raise UserError(f"timeout must be a number of seconds above 0, got {self.timeout}")
+        if self.reconnects < 0:
+            raise UserError(f"reconnects must be 0 or more, got {self.reconnects}")
 
 
 def make_parser(name: str, description: str, usage: str, *groups: type) -> Any:

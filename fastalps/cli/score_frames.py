@@ -1,0 +1,262 @@
+"""Scoring frames as they come, and writing what came of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastalps import environment
+from fastalps.calibration import level_scores
+from fastalps.checkpoint import SCORE_MEANING, Calibration
+from fastalps.cli import command, figures, run_folder
+from fastalps.cli.frame_sources import Chunk, Source
+from fastalps.cli.options import ScoreOptions
+from fastalps.cli.overlays import Frame, WorstFrames, draw_overlay
+from fastalps.cli.score_files import LINES, ScoreFiles, partial
+from fastalps.cli.score_summary import ScoreSummary, Watch
+from fastalps.data import motion_frames
+from fastalps.errors import UserError
+from fastalps.files import make_folder
+from fastalps.frame_scores import FrameScores
+from fastalps.gate import MotionGate
+from fastalps.scoring import Scorer
+
+OVERLAYS = "overlays"
+TIMELINE = "timeline.png"
+SUMMARY = "summary.json"
+
+
+def threshold_of(calibration: Calibration, options: ScoreOptions) -> tuple[float, str]:
+    """The threshold, and what it and a score mean."""
+    if options.threshold is None:
+        return calibration.threshold, calibration.explain()
+    asked = options.threshold
+    return asked, f"{SCORE_MEANING}; above {asked:g} it is flagged, as asked for"
+
+
+def score_source(
+    source: Source,
+    scorer: Scorer,
+    folder: Path,
+    calibration: Calibration,
+    options: ScoreOptions,
+) -> None:
+    """Scores frames to their end, an error or Ctrl-C, and writes all results into `folder`.
+
+    Raises:
+        UserError: nothing could be scored, or the source broke off. command.Interrupted: Ctrl-C.
+            What was scored before has been written by then, under names with ".partial" (but
+            under the final ones where a source without an end was stopped by Ctrl-C).
+    """
+    run = FrameRun(source, scorer, folder, calibration, options)
+    problem: UserError | command.Interrupted | None = None
+    complete = True
+    begin = time.perf_counter()
+    try:
+        run.score_all()
+    except UserError as error:
+        if not run.summary.frames:
+            raise
+        problem, complete = error, False
+    except KeyboardInterrupt:
+        if not run.summary.frames:
+            raise
+        problem = command.Interrupted(f"stopped after {run.summary.frames} frames")
+        complete = source.live
+    finally:
+        run.files.close()
+    run.write(complete, problem, time.perf_counter() - begin)
+    if problem is not None:
+        raise problem
+
+
+@dataclass
+class _Counts:
+    """Patches, how many of them the motion gate let through, and seconds of scoring alone."""
+
+    patches: int = 0
+    kept: int = 0
+    seconds: float = 0.0
+
+
+class FrameRun:
+    """The frames of one source on their way through a scorer."""
+
+    def __init__(
+        self,
+        source: Source,
+        scorer: Scorer,
+        folder: Path,
+        calibration: Calibration,
+        options: ScoreOptions,
+    ) -> None:
+        if scorer.channels != 1:
+            raise UserError(
+                f"the model takes {scorer.channels} channels, but frames are read as gray (1); "
+                "train one on gray frames"
+            )
+        self.source, self.scorer, self.folder = source, scorer, folder
+        self.calibration, self.options = calibration, options
+        self.threshold, self.meaning = threshold_of(calibration, options)
+        self.summary = ScoreSummary(self.threshold)
+        self.watch = Watch(calibration)
+        self.worst = WorstFrames(max(0, options.overlays))
+        self.counts = _Counts()
+        times = () if source.video is None else ("time",)
+        self.files = ScoreFiles(folder, ("frame", *times, "score", "flagged"))
+        self._chunk: Chunk | None = None
+        self._waited = 0.0
+
+    def score_all(self) -> None:
+        """Scores every frame of the source; rows are written chunk by chunk."""
+        moving = self.calibration.settings.get("frames") == "motion"
+        gate = self.scorer.gate
+        if gate is not None:
+            self.scorer.gate = MotionGate(gate.threshold, self.source.background(moving))
+        begin = time.perf_counter()
+        for result in self.scorer.score_frames(self._pixels(moving)):
+            self.counts.seconds += time.perf_counter() - begin - self._waited
+            assert self._chunk is not None
+            self._take(self._chunk, result)
+            begin, self._waited = time.perf_counter(), 0.0
+        self.watch.finish()
+
+    def _pixels(self, moving: bool) -> Iterator[Tensor]:
+        """What the scorer sees of each chunk, which `_chunk` then is."""
+        before: Tensor | None = None
+        chunks = iter(self.source)
+        while True:
+            begin = time.perf_counter()
+            self._chunk = next(chunks, None)
+            self._waited += time.perf_counter() - begin
+            if self._chunk is None:
+                return
+            frames = self._chunk.frames
+            yield motion_frames(frames, before) if moving else frames
+            before = frames[-1].clone()
+
+    def _take(self, chunk: Chunk, result: FrameScores) -> None:
+        counts, options = self.counts, self.options
+        counts.patches += result.patches.numel()
+        counts.kept += result.patches.numel() if result.kept is None else int(result.kept.sum())
+        scores = result.frames.cpu()
+        self.watch.add(level_scores(result, self.calibration.level))
+        offset = self.summary.frames
+        self.summary.add(scores)
+        rows = []
+        for i, (name, seconds) in enumerate(zip(chunk.names, chunk.times, strict=True)):
+            score = float(scores[i])
+            times = () if self.source.video is None else (_rounded(seconds),)
+            rows.append((name, *times, score, score > self.threshold))
+
+            def made(i: int = i) -> Frame:
+                return self._frame(chunk, result, i)
+
+            if options.overlays < 0:
+                draw_overlay(make_folder(self.folder / OVERLAYS), made())
+            self.worst.offer(offset + i, score, made)
+        self.files.write(rows)
+
+    def _frame(self, chunk: Chunk, result: FrameScores, i: int) -> Frame:
+        return Frame(
+            chunk.names[i],
+            # Not a view, which would keep the whole chunk.
+            chunk.frames[i].clone(),
+            result.heatmaps([i])[0].cpu(),
+            float(result.frames[i]),
+            self.threshold,
+            chunk.times[i],
+        )
+
+    def write(self, complete: bool, problem: Exception | None, wall_seconds: float) -> None:
+        """Writes the results and prints what they are; their names tell whether all is there."""
+        if complete:
+            self.files.finish()
+        for frame in self.worst.frames():
+            draw_overlay(make_folder(self.folder / OVERLAYS), frame)
+        name = Path(self.source.name).name
+        figures.trace(
+            self._named(TIMELINE, complete),
+            self.summary.trace.points(),
+            self.summary.trace.step,
+            self.calibration,
+            self.threshold,
+            f"{name}: scores",
+        )
+        record = environment.result_record(
+            f"score, level {self.calibration.level}",
+            self.facts(complete, problem, wall_seconds),
+            seed=None,
+            input=name,
+        )
+        run_folder.write_metrics(self._named(SUMMARY, complete), record)
+        self._print(complete, wall_seconds)
+
+    def _named(self, name: str, complete: bool) -> Path:
+        path = self.folder / name
+        return path if complete else partial(path)
+
+    def facts(
+        self, complete: bool, problem: Exception | None, wall_seconds: float
+    ) -> dict[str, Any]:
+        """The figures of the run, ready for JSON."""
+        summary, counts, video = self.summary, self.counts, self.source.video
+        rate = summary.frames / counts.seconds if counts.seconds else 0.0
+        facts: dict[str, Any] = {
+            "frames": summary.frames,
+            "complete": complete,
+            "ended_by": None if problem is None else str(problem),
+            "flagged": summary.flagged,
+            "highest_score": summary.highest,
+            "threshold": self.threshold,
+            "threshold_means": self.meaning,
+            "frames_per_second": round(rate, 2),
+            "timed": "scoring only, from decoded pixels to scores; not reading, not drawing",
+            "frames_per_second_overall": round(summary.frames / wall_seconds, 2),
+            "precision": self.scorer.precision,
+            "patches": counts.patches,
+            "patches_past_the_motion_gate": counts.kept,
+        }
+        if video is not None:
+            facts |= {
+                "frame_size": list(video.frame_size),
+                "frame_rate": video.frame_rate,
+                "live": video.live,
+                "dropped_frames": video.dropped,
+                "damaged_packets": video.damaged,
+                "reconnections": video.reconnected,
+            }
+        return facts | self.watch.facts()
+
+    def _print(self, complete: bool, wall_seconds: float) -> None:
+        summary, counts, video = self.summary, self.counts, self.source.video
+        rate = summary.frames / counts.seconds if counts.seconds else 0.0
+        print(
+            f"{summary.frames} frames, {summary.flagged} flagged; scored at {rate:,.1f} frames/s "
+            f"({self.scorer.precision}; decoding and drawing not counted), "
+            f"{summary.frames / wall_seconds:,.1f} frames/s overall"
+        )
+        if counts.patches:
+            share = 100 * counts.kept / counts.patches
+            print(f"{share:.1f}% of the patches passed the motion gate; the others score 0")
+        if video is not None and (video.realtime or video.dropped or video.damaged):
+            print(
+                f"{video.dropped} frames dropped to keep up, {video.damaged} damaged packets "
+                f"skipped, {video.reconnected} reconnections"
+            )
+        print(self.meaning)
+        text = self.watch.text()
+        if text is not None:
+            print(text)
+        names = (run_folder.SCORES, LINES, TIMELINE, SUMMARY)
+        listed = ", ".join(self._named(name, complete).name for name in names)
+        print(f"wrote {self.folder}: {listed}")
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 6)

@@ -1,0 +1,433 @@
+"""Videos and streams as input: what is decoded, what is scored, and how it fails."""
+
+from __future__ import annotations
+
+import csv
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastalps
+from fastalps import Scorer
+from fastalps.cli import score
+from fastalps.data import video as video_module
+from fastalps.data.video import VideoReader, read_video, shown
+from fastalps.errors import UserError
+from fastalps.gate import MotionGate
+
+av = pytest.importorskip("av", reason="PyAV is not installed: pip install 'fastalps[video]'")
+
+HEIGHT, WIDTH, FRAMES, RATE = 40, 60, 24, 10
+PATCH = 10
+
+
+def scene(count: int = FRAMES, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    """A square that crosses a still background: uint8 (count, height, width)."""
+    random = np.random.default_rng(3)
+    background = random.integers(90, 110, (height // 4, width // 4), dtype=np.uint8)
+    background = background.repeat(4, 0).repeat(4, 1)
+    frames = np.repeat(background[None], count, 0)
+    for t in range(count):
+        x = 3 * t % (width - 12)
+        frames[t, 12:24, x : x + 12] = 220
+    return frames
+
+
+def write(path: Path, frames: np.ndarray, codec: str = "ffv1", rate: int = RATE) -> Path:
+    """Writes gray frames as a video; ffv1 loses nothing."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height = frames.shape[2], frames.shape[1]
+        stream.pix_fmt = {"ffv1": "gray", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
+        for pixels in frames:
+            frame = av.VideoFrame.from_ndarray(pixels, format="gray")
+            for packet in stream.encode(frame):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return path
+
+
+def run_on(folder: Path, frames: np.ndarray, **settings: object) -> Path:
+    """A run whose threshold was set on these frames; no training: its scores mean nothing."""
+    torch.manual_seed(0)
+    model = fastalps.ALPS(PATCH, 1, "fast", latent=4)
+    motion = settings.pop("motion", False)
+    pixels = torch.from_numpy(frames)
+    background = None
+    if motion:
+        pixels = fastalps.data.motion_frames(pixels)
+        background = fastalps.data.still_background((HEIGHT, WIDTH))
+    scorer = Scorer(model, gate=MotionGate(2.0, background))
+    calibration = scorer.calibrate(pixels, 0.2, level="frame")
+    calibration.settings["frames"] = "motion" if motion else "gray"
+    folder.mkdir(parents=True, exist_ok=True)
+    fastalps.save(model, folder / "model.safetensors", calibration)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["gray", "motion"])
+def run(request, tmp_path_factory) -> Path:
+    return run_on(tmp_path_factory.mktemp(request.param), scene(), motion=request.param == "motion")
+
+
+@pytest.fixture(scope="module")
+def gray_run(tmp_path_factory) -> Path:
+    return run_on(tmp_path_factory.mktemp("gray"), scene())
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def error_of(capsys) -> str:
+    """The error on the screen: exactly one line."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+# Decoding ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".avi"])
+def test_lossless_video_gives_the_frames(tmp_path, suffix) -> None:
+    frames = scene()
+    with VideoReader(write(tmp_path / f"a{suffix}", frames), chunk=7) as video:
+        assert video.frame_size == (HEIGHT, WIDTH) and video.frame_rate == RATE
+        assert not video.live
+        chunks = list(video)
+    assert [len(part) for part, _ in chunks] == [7, 7, 7, 3]
+    assert np.array_equal(torch.cat([part for part, _ in chunks]).numpy(), frames)
+    times = [seconds for _, part in chunks for seconds in part]
+    np.testing.assert_allclose(times, np.arange(FRAMES) / RATE, atol=2e-3)
+
+
+def test_luma_is_widened_to_full_range(tmp_path) -> None:
+    ramp = np.broadcast_to(np.linspace(0, 255, WIDTH).astype(np.uint8), (2, HEIGHT, WIDTH))
+    decoded = read_video(write(tmp_path / "ramp.mp4", ramp, "mpeg4")).numpy().astype(int)
+    # The codec keeps 16 to 235 of it, and loses a little.
+    assert decoded.min() < 4 and decoded.max() > 251
+    assert np.abs(decoded - ramp).mean() < 3
+
+
+def test_colour_becomes_its_luma(tmp_path) -> None:
+    path = tmp_path / "red.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv444p"
+        red = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
+        red[..., 0] = 255
+        for packet in stream.encode(av.VideoFrame.from_ndarray(red, format="rgb24")):
+            container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    # ITU-R 601: 0.299 of red.
+    assert abs(int(read_video(path)[0, 0, 0]) - 76) <= 2
+
+
+def test_limit_ends_early_and_memory_is_bounded(tmp_path, monkeypatch) -> None:
+    path = write(tmp_path / "a.mkv", scene())
+    with VideoReader(path, limit=5) as video:
+        assert sum(len(part) for part, _ in video) == 5
+    monkeypatch.setattr(video_module, "_CHUNK_BYTES", 3 * HEIGHT * WIDTH)
+    monkeypatch.setattr(video_module, "_QUEUE_BYTES", 4 * HEIGHT * WIDTH)
+    with VideoReader(path) as video:
+        time.sleep(0.2)
+        assert video._queue.qsize() <= 4
+        assert {len(part) for part, _ in video} == {3}
+
+
+def test_frames_are_dropped_only_when_asked(tmp_path) -> None:
+    path = write(tmp_path / "a.mkv", scene(), rate=200)
+    for realtime in (False, True):
+        with VideoReader(path, chunk=2, realtime=realtime) as video:
+            seen = 0
+            for part, _ in video:
+                seen += len(part)
+                time.sleep(0.05)
+        assert seen + video.dropped == FRAMES
+        assert (video.dropped > 0) == realtime
+
+
+def test_realtime_plays_a_file_at_its_speed(tmp_path) -> None:
+    path = write(tmp_path / "a.mkv", scene(10), rate=20)
+    begin = time.monotonic()
+    with VideoReader(path, realtime=True) as video:
+        assert sum(len(part) for part, _ in video) == 10
+    assert 0.4 < time.monotonic() - begin < 5
+
+
+def test_passwords_are_not_shown() -> None:
+    assert shown("rtsp://user:secret@camera:554/live?key=1") == "rtsp://camera:554/live"
+    assert shown("folder/a@b.mp4") == "folder/a@b.mp4"
+
+
+# Scoring ----------------------------------------------------------------------------------------
+
+
+def test_a_video_scores_as_its_frames_do(run, tmp_path, capsys) -> None:
+    from tests.test_data_images import save
+
+    frames = scene()
+    for t, pixels in enumerate(frames):
+        save(tmp_path / "frames" / f"{t:03d}.png", pixels)
+    video = write(tmp_path / "a.mkv", frames)
+    tables = []
+    for source in (tmp_path / "frames", video):
+        out = tmp_path / f"out-{source.name}"
+        assert score.main([str(run), str(source), "--out", str(out), "--chunk", "5"]) == 0
+        tables.append(rows_of(out / "scores.csv"))
+        lines = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+        assert [line["score"] for line in lines] == [float(row["score"]) for row in tables[-1]]
+        assert [line["flagged"] for line in lines] == [row["flagged"] == "1" for row in tables[-1]]
+        names = {path.name for path in out.iterdir()}
+        assert names >= {"scores.csv", "scores.jsonl", "timeline.png", "summary.json", "overlays"}
+        assert not [name for name in names if "partial" in name]
+    assert len(tables[1]) == FRAMES and any(row["flagged"] == "1" for row in tables[1])
+    for still, moving in zip(*tables, strict=True):
+        assert float(still["score"]) == pytest.approx(float(moving["score"]), rel=1e-5)
+    assert [row["frame"] for row in tables[1]] == [f"{t + 1:06d}" for t in range(FRAMES)]
+    assert float(tables[1][10]["time"]) == pytest.approx(1.0, abs=2e-3)
+    summary = json.loads((out / "summary.json").read_text())["metrics"]
+    assert summary["frames"] == FRAMES and summary["complete"] and summary["dropped_frames"] == 0
+
+
+class Server:
+    """A local HTTP server of files; `cut` sends only so many bytes of them, `silent` none; `live`
+    does not say how many there will be, as a camera."""
+
+    def __init__(
+        self, folder: Path, cut: int | None = None, silent: bool = False, live: bool = False
+    ) -> None:
+        stop = self.stop = threading.Event()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                if silent:
+                    stop.wait(20)
+                    return
+                content = (folder / self.path.lstrip("/")).read_bytes()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/octet-stream")
+                if live:
+                    self.send_header("Transfer-Encoding", "chunked")
+                else:
+                    self.send_header("Content-Length", str(len(content)))
+                self.send_header("Connection", "close")
+                self.end_headers()
+                if live:
+                    content = b"%x\r\n%s\r\n0\r\n\r\n" % (len(content), content)
+                self.wfile.write(content[:cut])
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def test_a_stream_over_http_scores_as_the_file(tmp_path, tmp_path_factory) -> None:
+    run = run_on(tmp_path / "run", scene(), motion=True)
+    write(tmp_path / "a.mp4", scene(), "mpeg4")
+    with Server(tmp_path) as server:
+        for source in (str(tmp_path / "a.mp4"), f"{server.url}/a.mp4"):
+            out = tmp_path / ("http" if "://" in source else "file")
+            assert score.main([str(run), source, "--out", str(out)]) == 0
+    assert (tmp_path / "http/scores.csv").read_text() == (tmp_path / "file/scores.csv").read_text()
+
+
+def test_a_live_stream_is_connected_to_again(tmp_path, monkeypatch, caplog, gray_run) -> None:
+    monkeypatch.setattr(video_module, "_RETRY_SECONDS", 0.01)
+    # Without a length, and of a format that states none: it might go on for ever.
+    write(tmp_path / "a.mjpeg", scene(), "mjpeg")
+    with Server(tmp_path, live=True) as server:
+        out = tmp_path / "out"
+        arguments = [str(gray_run), f"{server.url}/a.mjpeg", "--out", str(out)]
+        assert score.main([*arguments, "--limit", str(2 * FRAMES)]) == 0
+    assert len(rows_of(out / "scores.csv")) == 2 * FRAMES
+    assert "connecting again in" in caplog.text and "connected again" in caplog.text
+    summary = json.loads((out / "summary.json").read_text())["metrics"]
+    assert summary["live"] and summary["reconnections"] >= 1
+
+
+def test_attempts_to_connect_again_are_limited(tmp_path, monkeypatch, capsys, gray_run) -> None:
+    monkeypatch.setattr(video_module, "_RETRY_SECONDS", 0.01)
+    write(tmp_path / "a.mjpeg", scene(), "mjpeg")
+    server = Server(tmp_path, live=True)
+    with server, VideoReader(f"{server.url}/a.mjpeg", reconnects=2) as video:
+        chunks = iter(video)
+        assert len(next(chunks)[0]) > 0
+        server.__exit__()
+        with pytest.raises(UserError, match="2 attempts to connect again failed"):
+            list(chunks)
+
+
+# Bad input --------------------------------------------------------------------------------------
+
+
+def test_bad_videos(tmp_path, capsys, gray_run) -> None:
+    def fails(source: str | Path, message: str, *options: str) -> None:
+        out = tmp_path / "out"
+        assert score.main([str(gray_run), str(source), "--out", str(out), *options]) == 2
+        assert message in error_of(capsys)
+        assert not out.exists() or not list(out.iterdir())
+
+    fails(tmp_path / "absent.mp4", "does not exist")
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    fails(tmp_path / "empty.mp4", "is empty")
+    (tmp_path / "junk.mp4").write_bytes(b"junk" * 1000)
+    fails(tmp_path / "junk.mp4", "it is no video, or damaged")
+    whole = write(tmp_path / "whole.mp4", scene(), "mpeg4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    fails(tmp_path / "cut.mp4", "damaged")
+    write(tmp_path / "small.mkv", scene()[:, :8, :8])
+    fails(tmp_path / "small.mkv", "larger than the frame")
+    with av.open(str(tmp_path / "sound.wav"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), "s16", "mono")
+        sound.sample_rate = 8000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode(None))
+    fails(tmp_path / "sound.wav", "holds no video")
+    fails(tmp_path, "no images", "--limit", "3")
+    fails(tmp_path, "--realtime is for videos and cameras", "--realtime")
+    fails(tmp_path / "small.mkv", "limit must be", "--limit", "0")
+    fails(tmp_path / "small.mkv", "timeout must be", "--timeout", "0")
+    fails("http://127.0.0.1:9/a.mp4", "Connection refused")
+    fails("rtsp://me:secret@127.0.0.1:9/a", "cannot open rtsp://127.0.0.1:9/a")
+    with Server(tmp_path, silent=True) as server:
+        fails(f"{server.url}/a.mp4", "no answer within 0.3 s", "--timeout", "0.3")
+
+
+def test_a_size_that_changes_keeps_the_scores_before(tmp_path, capsys, gray_run) -> None:
+    parts = [scene(), scene(FRAMES, HEIGHT + 8, WIDTH)]
+    names = [tmp_path / f"{i}.ts" for i in range(2)]
+    for path, frames in zip(names, parts, strict=True):
+        write(path, frames, "mpeg2video", rate=25)
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(b"".join(path.read_bytes() for path in names))
+    out = tmp_path / "out"
+    assert score.main([str(gray_run), str(joined), "--out", str(out)]) == 2
+    message = error_of(capsys)
+    assert "the size changes from 40x60 to 48x60" in message and "kept" in message
+    kept = rows_of(out / "scores.partial.csv")
+    assert FRAMES - 2 <= len(kept) <= FRAMES
+    assert len((out / "scores.partial.jsonl").read_text().splitlines()) == len(kept)
+    assert not (out / "scores.csv").exists() and not (out / "summary.json").exists()
+    summary = json.loads((out / "summary.partial.json").read_text())["metrics"]
+    assert not summary["complete"] and "size changes" in summary["ended_by"]
+
+
+def test_a_stream_that_dies_keeps_the_scores_before(tmp_path, capsys, gray_run) -> None:
+    path = write(tmp_path / "a.avi", scene(200), "mjpeg")
+    size = path.stat().st_size
+    # The header announces all, the sender stops in the middle.
+    with Server(tmp_path, cut=size // 2) as server:
+        out = tmp_path / "out"
+        arguments = [str(gray_run), f"{server.url}/a.avi", "--out", str(out), "--chunk", "8"]
+        assert score.main(arguments) == 2
+    assert "broke off after" in error_of(capsys)
+    assert 50 < len(rows_of(out / "scores.partial.csv")) < 150
+    assert not (out / "scores.csv").exists()
+
+
+def test_damaged_packets_are_skipped_and_counted(tmp_path, caplog) -> None:
+    path = write(tmp_path / "a.mkv", scene())
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 40] = bytes(40)
+    path.write_bytes(bytes(content))
+    with VideoReader(path) as video:
+        seen = sum(len(part) for part, _ in video)
+    assert FRAMES - 3 <= seen <= FRAMES
+
+
+def test_unknown_frame_rate(tmp_path, gray_run, monkeypatch) -> None:
+    path = write(tmp_path / "a.mkv", scene())
+
+    def item(self, frame, begun, original=VideoReader._item):
+        return original(self, frame, begun)[0], None
+
+    monkeypatch.setattr(VideoReader, "_rate", lambda self, stream: None)
+    monkeypatch.setattr(VideoReader, "_item", item)
+    out = tmp_path / "out"
+    assert score.main([str(gray_run), str(path), "--out", str(out)]) == 0
+    assert [row["time"] for row in rows_of(out / "scores.csv")] == [""] * FRAMES
+    assert json.loads((out / "summary.json").read_text())["metrics"]["frame_rate"] is None
+
+
+def test_a_model_of_another_kind(tmp_path, capsys) -> None:
+    path = write(tmp_path / "a.mkv", scene())
+    model = fastalps.ALPS(PATCH, 3, "fast", latent=4)
+    colour = torch.randint(0, 256, (20, 3, HEIGHT, WIDTH), dtype=torch.uint8)
+    calibration = Scorer(model).calibrate(colour, 0.2, level="frame")
+    fastalps.save(model, tmp_path / "colour.safetensors", calibration)
+    model = fastalps.ALPS(PATCH, 1, "fast", latent=4)
+    calibration = Scorer(model).calibrate(colour[:, :1, :PATCH, :PATCH], 0.2)
+    fastalps.save(model, tmp_path / "image.safetensors", calibration)
+    out = tmp_path / "out"
+    for name, message in (("colour", "takes 3 channels"), ("image", "the run is on images")):
+        arguments = [str(tmp_path / f"{name}.safetensors"), str(path), "--out", str(out)]
+        assert score.main(arguments) == 2
+        assert message in error_of(capsys)
+    (tmp_path / "file").write_text("x")
+    arguments = [str(tmp_path / "colour.safetensors"), str(path), "--out", str(tmp_path / "file")]
+    assert score.main(arguments) == 2
+    assert "cannot create the folder" in error_of(capsys)
+    assert not out.exists() or not list(out.iterdir())
+
+
+def test_without_pyav(tmp_path, capsys, monkeypatch, gray_run) -> None:
+    path = write(tmp_path / "a.mkv", scene())
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert score.main([str(gray_run), str(path), "--out", str(tmp_path / "out")]) == 2
+    assert "pip install 'fastalps[video]'" in error_of(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
+def test_interrupt_keeps_the_scores(tmp_path, gray_run) -> None:
+    path = write(tmp_path / "a.mkv", scene(200), rate=4)
+    out = tmp_path / "out"
+    # In real time it takes 50 seconds.
+    options = [str(gray_run), str(path), "--out", str(out), "--realtime", "--chunk", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastalps.cli.score", *options],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 60
+    while not (out / "scores.partial.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    assert not (out / "scores.csv").exists()
+    process.send_signal(signal.SIGINT)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert "stopped after" in text and "Traceback" not in text
+    assert len(rows_of(out / "scores.partial.csv")) >= 2 and not (out / "scores.csv").exists()
