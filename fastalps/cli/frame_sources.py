@@ -44,7 +44,7 @@ class Source:
         realtime: see `VideoReader`.
 
     Attributes:
-        name: as it may be shown, without a password.
+        name: as it may be shown: of a file without its folder, of an address without a password.
         video: the reader; None = a folder.
 
     Raises:
@@ -53,7 +53,7 @@ class Source:
 
     def __init__(self, path: str, options: ScoreOptions, realtime: bool) -> None:
         self._path, self._options = path, options
-        self.name = shown(path)
+        self.name = shown(path) if is_url(path) else Path(path).name or path
         self.video: VideoReader | None = None
         if os.path.isfile(path) and Path(path).suffix.lower() in IMAGE_SUFFIXES:
             raise UserError(

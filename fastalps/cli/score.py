@@ -41,10 +41,11 @@ RUN is the run's folder (or its model.safetensors). INPUT is, for a run on image
 images (sub-folders too) or one image, resized to the model's size where they differ; for a run on
 video, a video file, a folder of frames, a camera (/dev/video0) or an address (rtsp://, http://), of
 any size from a patch up. Videos need PyAV: pip install 'fastalps[video]'. DIR gets scores.csv
-(name, score, flagged), timeline.png, summary.json and, for video, scores.jsonl and overlays/: the
-frames with the highest scores under their heatmaps. Scores of video are written as they come, to
-scores.partial.csv and .jsonl until all are there. Flagged is what scores above the threshold that
-the run set on held-out normal data; a line warns where the scores have drifted from that data's."""
+(name, score, flagged), timeline.png, summary.json and, for video, scores.jsonl, overlays/ (the
+frames with the highest scores under their heatmaps) and report.html, which holds all of it for a
+browser. Scores of video are written as they come, to scores.partial.csv and .jsonl until all are
+there. Flagged is what scores above the threshold that the run set on held-out normal data; a line
+warns where the scores have drifted from that data's."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,6 +64,11 @@ def score(arguments: Sequence[str]) -> None:
         action="store_true",
         help="drop frames (and count them) where scoring is slower than the video",
     )
+    parser.add_argument(
+        "--annotated",
+        action="store_true",
+        help="write annotated.mp4, too: each frame of a video with heatmap, score and flag",
+    )
     namespace = parse(parser, arguments)
     options = pick(namespace, ScoreOptions)
     device = options.device
@@ -74,7 +80,7 @@ def score(arguments: Sequence[str]) -> None:
         raise UserError(f"{namespace.run}: the model has no threshold; calibrate and save it")
     scorer = make_scorer(model, calibration, options, device)
     if calibration.level == "image":
-        if is_url(namespace.input) or namespace.realtime:
+        if is_url(namespace.input) or namespace.realtime or namespace.annotated:
             raise UserError(
                 f"{namespace.run} is a run on images, which scores a folder of images or one "
                 "image; for videos and cameras train a run on video"
@@ -83,7 +89,8 @@ def score(arguments: Sequence[str]) -> None:
         _score_images(scorer, Path(namespace.input), folder, calibration, options)
         return
     with Source(namespace.input, options, namespace.realtime) as source:
-        score_source(source, scorer, make_folder(namespace.out), calibration, options)
+        folder = make_folder(namespace.out)
+        score_source(source, scorer, folder, calibration, options, namespace.annotated)
 
 
 def make_scorer(

@@ -14,14 +14,16 @@ from fastalps import environment
 from fastalps.calibration import level_scores
 from fastalps.checkpoint import SCORE_MEANING, Calibration
 from fastalps.cli import command, figures, run_folder
+from fastalps.cli.annotate import ANNOTATED, AnnotatedVideo
 from fastalps.cli.frame_sources import Chunk, Source
 from fastalps.cli.options import ScoreOptions
 from fastalps.cli.overlays import Frame, WorstFrames, draw_overlay
+from fastalps.cli.report import REPORT, report_page_of
 from fastalps.cli.score_files import LINES, ScoreFiles, partial
 from fastalps.cli.score_summary import ScoreSummary, Watch
 from fastalps.data import motion_frames
 from fastalps.errors import UserError
-from fastalps.files import make_folder
+from fastalps.files import make_folder, write_text
 from fastalps.frame_scores import FrameScores
 from fastalps.gate import MotionGate
 from fastalps.scoring import Scorer
@@ -29,6 +31,9 @@ from fastalps.scoring import Scorer
 OVERLAYS = "overlays"
 TIMELINE = "timeline.png"
 SUMMARY = "summary.json"
+# Frames in the report; of a source that states no frame rate, one of so many.
+REPORTED = 12
+SPACING = 25
 
 
 def threshold_of(calibration: Calibration, options: ScoreOptions) -> tuple[float, str]:
@@ -45,6 +50,7 @@ def score_source(
     folder: Path,
     calibration: Calibration,
     options: ScoreOptions,
+    annotate: bool = False,
 ) -> None:
     """Scores frames to their end, an error or Ctrl-C, and writes all results into `folder`.
 
@@ -53,7 +59,7 @@ def score_source(
             What was scored before has been written by then, under names with ".partial" (but
             under the final ones where a source without an end was stopped by Ctrl-C).
     """
-    run = FrameRun(source, scorer, folder, calibration, options)
+    run = FrameRun(source, scorer, folder, calibration, options, annotate)
     problem: UserError | command.Interrupted | None = None
     complete = True
     begin = time.perf_counter()
@@ -69,7 +75,7 @@ def score_source(
         problem = command.Interrupted(f"stopped after {run.summary.frames} frames")
         complete = source.live
     finally:
-        run.files.close()
+        run.close()
     run.write(complete, problem, time.perf_counter() - begin)
     if problem is not None:
         raise problem
@@ -94,6 +100,7 @@ class FrameRun:
         folder: Path,
         calibration: Calibration,
         options: ScoreOptions,
+        annotate: bool,
     ) -> None:
         if scorer.channels != 1:
             raise UserError(
@@ -106,6 +113,9 @@ class FrameRun:
         self.summary = ScoreSummary(self.threshold)
         self.watch = Watch(calibration)
         self.worst = WorstFrames(max(0, options.overlays))
+        rate = None if source.video is None else source.video.frame_rate
+        self.reported = WorstFrames(REPORTED, max(1, round(rate or SPACING)))
+        self.annotated = AnnotatedVideo(folder, rate) if annotate else None
         self.counts = _Counts()
         times = () if source.video is None else ("time",)
         self.files = ScoreFiles(folder, ("frame", *times, "score", "flagged"))
@@ -148,11 +158,14 @@ class FrameRun:
         self.watch.add(level_scores(result, self.calibration.level))
         offset = self.summary.frames
         self.summary.add(scores)
-        rows = []
-        for i, (name, seconds) in enumerate(zip(chunk.names, chunk.times, strict=True)):
-            score = float(scores[i])
-            times = () if self.source.video is None else (_rounded(seconds),)
-            rows.append((name, *times, score, score > self.threshold))
+        times = ((),) * len(scores) if self.source.video is None else zip(chunk.times)
+        self.files.write(
+            [
+                (name, *map(_rounded, seconds), score, score > self.threshold)
+                for name, seconds, score in zip(chunk.names, times, scores.tolist(), strict=True)
+            ]
+        )
+        for i, score in enumerate(scores.tolist()):
 
             def made(i: int = i) -> Frame:
                 return self._frame(chunk, result, i)
@@ -160,7 +173,9 @@ class FrameRun:
             if options.overlays < 0:
                 draw_overlay(make_folder(self.folder / OVERLAYS), made())
             self.worst.offer(offset + i, score, made)
-        self.files.write(rows)
+            self.reported.offer(offset + i, score, made)
+            if self.annotated is not None:
+                self.annotated.add(made())
 
     def _frame(self, chunk: Chunk, result: FrameScores, i: int) -> Frame:
         return Frame(
@@ -173,13 +188,21 @@ class FrameRun:
             chunk.times[i],
         )
 
+    def close(self) -> None:
+        """Ends the files that grew with the frames, under the names that they have."""
+        self.files.close()
+        if self.annotated is not None:
+            self.annotated.close()
+
     def write(self, complete: bool, problem: Exception | None, wall_seconds: float) -> None:
         """Writes the results and prints what they are; their names tell whether all is there."""
         if complete:
             self.files.finish()
+            if self.annotated is not None:
+                self.annotated.finish()
         for frame in self.worst.frames():
             draw_overlay(make_folder(self.folder / OVERLAYS), frame)
-        name = Path(self.source.name).name
+        name = self.source.name
         figures.trace(
             self._named(TIMELINE, complete),
             self.summary.trace.points(),
@@ -194,6 +217,15 @@ class FrameRun:
             seed=None,
             input=name,
         )
+        page = report_page_of(
+            name,
+            record,
+            self.summary,
+            self.reported.frames(),
+            self.calibration,
+            self.scorer.model.config,
+        )
+        write_text(self._named(REPORT, complete), page)
         run_folder.write_metrics(self._named(SUMMARY, complete), record)
         self._print(complete, wall_seconds)
 
@@ -253,7 +285,9 @@ class FrameRun:
         text = self.watch.text()
         if text is not None:
             print(text)
-        names = (run_folder.SCORES, LINES, TIMELINE, SUMMARY)
+        names = [run_folder.SCORES, LINES, REPORT, TIMELINE, SUMMARY]
+        if self.annotated is not None:
+            names.append(ANNOTATED)
         listed = ", ".join(self._named(name, complete).name for name in names)
         print(f"wrote {self.folder}: {listed}")
 

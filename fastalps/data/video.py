@@ -235,10 +235,7 @@ class VideoReader:
             except self._av.FFmpegError as error:
                 reason = self._reason(error)
                 if not self.live:
-                    raise SourceError(
-                        f"{self.source} broke off after {self._decoded} frames ({reason}); "
-                        "its scores up to there are kept"
-                    ) from error
+                    raise self._broken(reason) from error
             if not self.live:
                 self._check_complete()
                 return
@@ -246,7 +243,7 @@ class VideoReader:
                 if attempts == self.reconnects:
                     raise SourceError(
                         f"{self.source} is gone ({reason}), and {attempts} attempts to connect "
-                        "again failed; its scores up to there are kept"
+                        "again failed; the frames before are kept"
                     )
                 wait = min(_RETRY_SECONDS * 2**attempts, _LONGEST_WAIT)
                 attempts += 1
@@ -294,7 +291,7 @@ class VideoReader:
                 if in_a_row > _DAMAGED_IN_A_ROW:
                     raise SourceError(
                         f"{self.source} is damaged: nothing can be decoded after "
-                        f"{self._decoded} frames; its scores up to there are kept"
+                        f"{self._decoded} frames; the frames before are kept"
                     ) from error
                 continue
             for frame in decoded:
@@ -307,7 +304,7 @@ class VideoReader:
             raise SourceError(
                 f"{self.source}: the size changes from {self.frame_size[0]}x{self.frame_size[1]} "
                 f"to {size[0]}x{size[1]} (height x width) at frame {self._decoded + 1}; score the "
-                "parts apart; the scores up to there are kept"
+                "parts apart; the frames before are kept"
             )
         seconds: float | None = time.monotonic() if self.live else frame.time
         if seconds is None and self.frame_rate:
@@ -322,6 +319,18 @@ class VideoReader:
         self._last = seconds
         # swscale widens the luma to full range: gray formats have no other.
         return frame.to_ndarray(format="gray"), seconds
+
+    def _broken(self, reason: str) -> SourceError:
+        if self._decoded:
+            text = f"broke off after {self._decoded} frames ({reason}); the frames before are kept"
+        elif is_url(self._address):
+            text = (
+                f"cannot be read ({reason}); of an mp4 whose index is at its end the server must "
+                "send parts on demand (range requests); else write it with -movflags faststart"
+            )
+        else:
+            text = f"cannot be read ({reason}); it is damaged"
+        return SourceError(f"{self.source} {text}")
 
     def _put(self, item: Item | BaseException) -> bool:
         """Hands an item to the caller; False when nobody wants it any more."""
@@ -355,7 +364,7 @@ class VideoReader:
         if rest > 0.01 * length:
             raise SourceError(
                 f"{self.source} broke off after {self._decoded} of {self.expected} frames; it is "
-                "cut short or damaged; its scores up to there are kept"
+                "cut short or damaged; the frames before are kept"
             )
 
     # Opening ------------------------------------------------------------------------------------
