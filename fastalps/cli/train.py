@@ -38,10 +38,11 @@ from fastalps.files import make_folder, write_text
 from fastalps.gate import MotionGate
 from fastalps.models import ALPS
 from fastalps.protocols import motion_baseline
-from fastalps.training import FitResult, TrainConfig, Trainer
+from fastalps.training import FitResult, TensorBoardLogger, TrainConfig, Trainer
 from fastalps.training.trainer import CHECKPOINT, choose_device
 
 NAME = "fastalps-train"
+BOARD = "tensorboard"
 logger = logging.getLogger("fastalps")
 
 USAGE = """fastalps-train --dataset NAME [--root DIR] [--normal-class K] --out RUN [options]
@@ -74,6 +75,11 @@ def train(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run in --out, bit for bit"
     )
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write the history for TensorBoard, too, into RUN/tensorboard",
+    )
     options = parse(parser, _with_stored_configuration(arguments))
     data_options = pick(options, DataOptions)
     model_options = pick(options, ModelOptions)
@@ -84,6 +90,7 @@ def train(arguments: Sequence[str]) -> None:
         run_folder.check_resumable(folder)
     else:
         run_folder.check_unused(folder)
+    board = TensorBoardLogger(folder / BOARD) if options.tensorboard else None
     if data_options.dataset in VIDEO_DATASETS and config.select == "auto":
         # UCSD has no anomaly outside its test set: nothing but normal loss can pick an epoch.
         config = dataclasses.replace(config, protocol="strict")
@@ -115,7 +122,7 @@ def train(arguments: Sequence[str]) -> None:
                 f"{config.epochs} epochs on {_described(device, processes)}"
             )
         begin = time.perf_counter()
-        fitted = _fit(model, data, config, folder, options.resume)
+        fitted = _fit(model, data, config, folder, options.resume, board)
         seconds = time.perf_counter() - begin
     if not first:
         return
@@ -202,16 +209,25 @@ def _moving(clips: list[Clip]) -> list[Clip]:
 
 
 def _fit(
-    model: ALPS, data: OneClassData, config: TrainConfig, folder: Path, resume: bool
+    model: ALPS,
+    data: OneClassData,
+    config: TrainConfig,
+    folder: Path,
+    resume: bool,
+    board: TensorBoardLogger | None,
 ) -> FitResult:
+    loggers = [] if board is None else [board]
     try:
-        return Trainer(config, folder).fit(model, data, resume)
+        return Trainer(config, folder, loggers=loggers).fit(model, data, resume)
     except KeyboardInterrupt:
         if (folder / CHECKPOINT).is_file():
             hint = f"the finished epochs are kept; go on with: {NAME} --resume --out {folder}"
         else:
             hint = "nothing was trained yet"
         raise command.Interrupted(f"stopped; {hint}") from None
+    finally:
+        if board is not None:
+            board.close()
 
 
 def _write(

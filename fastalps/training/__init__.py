@@ -2,10 +2,11 @@
 
 `config` holds the options, `steps` one optimisation step of each player, `batches` the images on
 their device, `validation` what picks the epoch, `run_state` what a run needs to go on, `trainer`
-the loop.
+the loop, `tensorboard` a logger.
 """
 
 from fastalps.training.config import TrainConfig
+from fastalps.training.tensorboard import TensorBoardLogger
 from fastalps.training.trainer import FitResult, Trainer
 
-__all__ = ["FitResult", "TrainConfig", "Trainer"]
+__all__ = ["FitResult", "TensorBoardLogger", "TrainConfig", "Trainer"]

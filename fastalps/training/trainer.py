@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,8 @@ class Trainer:
         config: the options.
         run_dir: a folder for history.csv and the checkpoint; None: nothing is written.
         progress: show a bar with the errors and the time left; lines where there is no terminal.
+        loggers: called with each epoch's row of the history as soon as it is known, in the first
+            process only; such as `fastalps.training.TensorBoardLogger`.
 
     Raises:
         UserError: `run_dir` cannot be written.
@@ -101,10 +103,12 @@ class Trainer:
         config: TrainConfig | None = None,
         run_dir: str | os.PathLike[str] | None = None,
         progress: bool = True,
+        loggers: Sequence[Callable[[Mapping[str, Any]], None]] = (),
     ) -> None:
         self.config = config or TrainConfig()
         self.run_dir = None if run_dir is None else make_folder(run_dir)
         self.progress = progress and not distributed.rank()
+        self.loggers = () if distributed.rank() else tuple(loggers)
 
     def fit(self, model: ALPS, data: OneClassData | Tensor, resume: bool = False) -> FitResult:
         """Trains `model` in place.
@@ -170,6 +174,8 @@ class Trainer:
                 row = self._epoch(state.epoch + 1, players, batches, average, bar)
                 state.epoch += 1
                 self._validate(state, model, validator, average, row)
+                for log in self.loggers:
+                    log(state.history[-1])
                 bar.set_postfix_str(_summary(row))
                 last = state.stopped or state.epoch == config.epochs
                 if self.progress and bar.disable and (last or time.monotonic() > report):
