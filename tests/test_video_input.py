@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import http.server
 import json
 import os
@@ -19,7 +20,7 @@ import torch
 
 import fastalps
 from fastalps import Scorer
-from fastalps.cli import score
+from fastalps.cli import score, train
 from fastalps.data import video as video_module
 from fastalps.data.video import VideoReader, read_video, shown
 from fastalps.errors import UserError
@@ -431,3 +432,106 @@ def test_interrupt_keeps_the_scores(tmp_path, gray_run) -> None:
     assert process.returncode == 130, text
     assert "stopped after" in text and "Traceback" not in text
     assert len(rows_of(out / "scores.partial.csv")) >= 2 and not (out / "scores.csv").exists()
+
+
+def test_interrupt_is_the_end_of_a_camera(tmp_path, gray_run, monkeypatch, capsys) -> None:
+    path = write(tmp_path / "a.mkv", scene())
+    taken = iter(range(10))
+
+    def interrupted(self, patient, original=VideoReader._next):
+        if next(taken, None) is None:
+            raise KeyboardInterrupt
+        return original(self, patient)
+
+    monkeypatch.setattr(VideoReader, "_is_live", lambda self: True)
+    monkeypatch.setattr(VideoReader, "_next", interrupted)
+    out = tmp_path / "out"
+    assert score.main([str(gray_run), str(path), "--out", str(out), "--chunk", "3"]) == 130
+    assert "stopped after" in capsys.readouterr().err
+    assert len(rows_of(out / "scores.csv")) == 9
+    assert not list(out.glob("*partial*")) and (out / "report.html").exists()
+
+
+# Training ---------------------------------------------------------------------------------------
+
+TRAIN = ["--dataset", "video", "--preset", "fast", "--latent", "4", "--patch-size", "10"]
+TRAIN += ["--epochs", "1", "--batch-size", "32", "--gate-threshold", "2", "--target-fpr", "0.1"]
+
+
+@pytest.mark.parametrize("frames", ["gray", "motion"])
+def test_training_on_videos(tmp_path, frames, capsys) -> None:
+    root, run = tmp_path / "normal", tmp_path / "run"
+    root.mkdir()
+    # One recording, of which the last eighth in time is held out; or one clip each.
+    for name in ["a.mkv"] if frames == "gray" else ["a2.mkv", "a10.avi"]:
+        write(root / name, scene(80))
+    (root / ".hidden.mkv").write_bytes(b"x")
+    (root / "notes.txt").write_bytes(b"x")
+    arguments = [*TRAIN, "--frames", frames, "--root", str(root), "--out", str(run)]
+    assert train.main(arguments) == 0
+    rows = rows_of(run / "scores.csv")
+    assert {row["clip"] for row in rows} == {"a.mkv part 8" if frames == "gray" else "a10.avi"}
+    names = {path.name for path in (run / "figures").iterdir()}
+    assert names == {
+        f"{name}.png" for name in ("losses", "histogram", "timeline", "reconstructions")
+    }
+    record = json.loads((run / "metrics.json").read_text())
+    assert record["metrics"]["held_out_frames"] == len(rows) and record["protocol"] == "strict"
+    assert "no AUROC" in capsys.readouterr().out
+    out = tmp_path / "out"
+    video = next(root.glob("a*"))
+    assert score.main([str(run), str(video), "--out", str(out)]) == 0
+    assert len(rows_of(out / "scores.csv")) == 80
+
+
+def test_bad_training_videos(tmp_path, capsys, monkeypatch) -> None:
+    root, run = tmp_path / "normal", tmp_path / "run"
+    root.mkdir()
+
+    def fails(message: str, *options: str) -> None:
+        assert train.main([*TRAIN, "--root", str(root), "--out", str(run), *options]) == 2
+        assert message in error_of(capsys)
+        assert not run.exists()
+
+    fails("no videos")
+    write(root / "a.mkv", scene(10))
+    fails("too few for a single recording")
+    fails("--cache does not apply", "--cache", str(tmp_path))
+    write(root / "b.mkv", scene(10, HEIGHT + 8))
+    fails("bring the videos to one size")
+    (root / "b.mkv").write_bytes(b"junk" * 100)
+    fails("b.mkv")
+    (root / "b.mkv").unlink()
+    monkeypatch.setattr("fastalps.data.video_clips._memory_bytes", lambda: 1000)
+    fails("of memory")
+
+
+def test_the_tutorial_runs(tmp_path, monkeypatch, capsys) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "video.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    run_on(tmp_path / "runs" / "gate", scene(), motion=True)
+    write(tmp_path / "today.mp4", scene(), "mpeg4")
+    blocks = [part.partition("\n") for part in text.split("```")[1::2]]
+    # What is not Python is for a shell, and needs a camera.
+    assert {kind for kind, _, _ in blocks} == {"sh", "python"}
+    for kind, _, code in blocks:
+        if kind == "python":
+            exec(compile(code, "docs/video.md", "exec"), {})
+    assert f"of {FRAMES} frames flagged" in capsys.readouterr().out
+    # Every command of the tutorial has only options that there are.
+    for kind, _, code in blocks:
+        for line in code.splitlines() if kind == "sh" else ():
+            for option in [word for word in line.split() if word.startswith("--")]:
+                assert option in _help(line.split()[0])
+
+
+@functools.cache
+def _help(name: str) -> str:
+    module = {"fastalps-train": "train", "fastalps-score": "score"}[name]
+    done = subprocess.run(
+        [sys.executable, "-m", f"fastalps.cli.{module}", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from fastalps.errors import UserError
 
-VIDEO_DATASETS = ("ucsd-ped1", "ucsd-ped2")
+VIDEO_DATASETS = ("ucsd-ped1", "ucsd-ped2", "video")
 IMAGE_DATASETS = ("digits", "mnist", "fashion-mnist", "folder")
 DATASETS = (*IMAGE_DATASETS, *VIDEO_DATASETS)
 FRAMES = ("gray", "motion")
@@ -28,8 +28,8 @@ class DataOptions:
     """The data.
 
     Attributes:
-        dataset: digits (embedded), mnist, fashion-mnist, folder (your own images), ucsd-ped1 or
-            ucsd-ped2.
+        dataset: digits (embedded), mnist, fashion-mnist, folder (your own images), ucsd-ped1,
+            ucsd-ped2 or video (your own normal videos of one camera).
         root: the folder that holds the data set; not needed for digits.
         normal_class: number or name of the class that is normal (digits, mnist, fashion-mnist).
         download: fetch missing files of mnist and fashion-mnist.

@@ -14,6 +14,7 @@ import torch
 from fastalps import distributed, environment
 from fastalps.cli import command, figures, run_folder
 from fastalps.cli.evaluation import Evaluation, Video, evaluate_images, evaluate_video
+from fastalps.cli.normal_video import evaluate_normal_video
 from fastalps.cli.options import (
     VIDEO_DATASETS,
     DataOptions,
@@ -33,6 +34,7 @@ from fastalps.data import (
     patch_task,
     still_background,
 )
+from fastalps.data.video_clips import load_videos
 from fastalps.errors import UserError
 from fastalps.files import make_folder, write_text
 from fastalps.gate import MotionGate
@@ -51,6 +53,7 @@ USAGE = """fastalps-train --dataset NAME [--root DIR] [--normal-class K] --out R
   fastalps-train --dataset mnist --root data/mnist --normal-class 2 --out runs/two
   fastalps-train --dataset folder --root my-images --protocol strict --out runs/mine
   fastalps-train --dataset ucsd-ped2 --root data/UCSDped2 --out runs/ped2
+  fastalps-train --dataset video --root normal-videos --frames motion --out runs/gate
   fastalps-train --resume --out runs/ped2                 (after Ctrl-C or a crash)"""
 
 DESCRIPTION = """Trains ALPS on normal data and tests it.
@@ -92,7 +95,7 @@ def train(arguments: Sequence[str]) -> None:
         run_folder.check_unused(folder)
     board = TensorBoardLogger(folder / BOARD) if options.tensorboard else None
     if data_options.dataset in VIDEO_DATASETS and config.select == "auto":
-        # UCSD has no anomaly outside its test set: nothing but normal loss can pick an epoch.
+        # No anomaly is known outside the test sets: nothing but normal loss can pick an epoch.
         config = dataclasses.replace(config, protocol="strict")
 
     # Every process has checked the folder before the first one writes to it.
@@ -128,6 +131,8 @@ def train(arguments: Sequence[str]) -> None:
         return
     if video is None:
         result = evaluate_images(fitted, data, evaluation_options)
+    elif not video.test:
+        result = evaluate_normal_video(fitted, video, evaluation_options)
     else:
         result = evaluate_video(fitted, video, evaluation_options)
     _write(folder, fitted, data, result, config, data_options, seconds)
@@ -167,9 +172,14 @@ def _load(
             )
         if options.normal_class is not None:
             raise UserError(f"--normal-class does not apply to {options.dataset}; leave it out")
-        subset = options.dataset.removeprefix("ucsd-")
-        clips = load_ucsd(options.root, subset, "train", cache=options.cache)
-        test = load_ucsd(options.root, subset, "test", cache=options.cache)
+        if options.dataset == "video":
+            if options.cache is not None:
+                raise UserError("--cache does not apply to video; leave it out")
+            clips, test = load_videos(options.root), []
+        else:
+            subset = options.dataset.removeprefix("ucsd-")
+            clips = load_ucsd(options.root, subset, "train", cache=options.cache)
+            test = load_ucsd(options.root, subset, "test", cache=options.cache)
         baseline = motion_baseline(test, evaluation.patch_size)
         gate = MotionGate(evaluation.gate_threshold)
         if options.frames == "motion":

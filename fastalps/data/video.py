@@ -403,7 +403,7 @@ class VideoReader:
 
     def _is_live(self) -> bool:
         if not is_url(self._address):
-            return not stat.S_ISREG(os.stat(self._address).st_mode)
+            return stat.S_ISCHR(os.stat(self._address).st_mode)
         return self._container.duration is None
 
     def _reason(self, error: BaseException) -> str:

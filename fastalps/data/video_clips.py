@@ -1,0 +1,88 @@
+"""A folder of video files as clips to train on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fastalps.data.containers import Clip
+from fastalps.data.listing import natural_key, require_folder
+from fastalps.data.video import VIDEO_SUFFIXES, VideoReader, read_video
+from fastalps.errors import UserError
+
+# A single recording is cut into so many clips, of which the last is held out.
+PARTS = 8
+
+
+def list_videos(folder: str | os.PathLike[str]) -> list[Path]:
+    """The video files of a folder in natural order, hidden ones left out; at least one.
+
+    Raises UserError for a folder that is missing or without a video.
+    """
+    base = require_folder(folder, "videos")
+    found = [
+        path
+        for path in base.iterdir()
+        if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith(".")
+    ]
+    if not found:
+        suffixes = ", ".join(suffix[1:] for suffix in VIDEO_SUFFIXES)
+        raise UserError(f"no videos ({suffixes}) in the folder {base}")
+    return sorted(found, key=lambda path: natural_key(path.name))
+
+
+def load_videos(folder: str | os.PathLike[str]) -> list[Clip]:
+    """Decodes every video of a folder (not of its sub-folders) as gray.
+
+    Args:
+        folder: of videos of one camera, each a clip; a single one is cut into eight clips in time.
+
+    Returns:
+        clips without labels, whose frames lie in memory.
+
+    Raises:
+        UserError: no video, one that cannot be decoded, sizes that differ, more frames than half of
+            the machine's memory holds.
+    """
+    paths = list_videos(folder)
+    sizes = {}
+    needed = 0
+    for path in paths:
+        # Only what the headers say: decoding all of it to find out may take hours.
+        with VideoReader(path) as video:
+            sizes[path] = video.frame_size
+            frames = video.expected or int((video.duration or 0) * (video.frame_rate or 0))
+            needed += frames * video.frame_size[0] * video.frame_size[1]
+        if sizes[path] != sizes[paths[0]]:
+            raise UserError(
+                f"{path} is {sizes[path][0]}x{sizes[path][1]}, but {paths[0]} is "
+                f"{sizes[paths[0]][0]}x{sizes[paths[0]][1]} (height x width); bring the videos to "
+                "one size"
+            )
+    memory = _memory_bytes()
+    if memory is not None and needed > memory / 2:
+        raise UserError(
+            f"{folder}: decoded, the videos take {needed / 2**30:.1f} GiB of the "
+            f"{memory / 2**30:.1f} GiB of memory; train on fewer, shorter or smaller ones"
+        )
+    clips = [Clip(path.name, read_video(path)) for path in paths]
+    if len(clips) > 1:
+        return clips
+    whole = clips[0].frames
+    if len(whole) < 2 * PARTS:
+        raise UserError(
+            f"{paths[0]} has {len(whole)} frames, too few for a single recording; record at least "
+            f"{2 * PARTS}"
+        )
+    return [
+        Clip(f"{clips[0].name} part {i + 1}", part)
+        for i, part in enumerate(whole.tensor_split(PARTS))
+    ]
+
+
+def _memory_bytes() -> int | None:
+    """The machine's memory; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
