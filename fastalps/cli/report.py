@@ -88,6 +88,8 @@ def _meaning(facts: Mapping[str, Any], calibration: Calibration) -> list[str]:
     reduce = calibration.settings.get("frame_reduce", "max")
     gate = calibration.settings.get("gate_threshold")
     threshold = facts["threshold"]
+    rule = facts["threshold_means"].removeprefix(f"{SCORE_MEANING}; ")
+    rule = rule.replace("it is flagged", "a frame is flagged")
     texts = [
         f"A frame's score is {_REDUCTIONS.get(reduce, reduce)}. A patch's error is the mean "
         "squared difference between its pixels, in [0, 1], and what a network that has only seen "
@@ -96,7 +98,7 @@ def _meaning(facts: Mapping[str, Any], calibration: Calibration) -> list[str]:
         "255 gray levels a pixel. A score is no probability."
         if threshold >= 0
         else "",
-        f"Threshold: {facts['threshold_means'].removeprefix(SCORE_MEANING + '; ')}.",
+        f"Threshold: {rule}.",
     ]
     if gate is not None:
         moving = calibration.settings.get("frames") == "motion"

@@ -38,9 +38,9 @@ p { margin: .4rem 0; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .8rem; }
 .tiles b { display: block; font-size: 1.5rem; line-height: 1.2; }
 svg { display: block; width: 100%; height: 12rem; }
-.plot { position: relative; border-bottom: 1px solid var(--line); }
-.plot span { position: absolute; right: 0; padding: 0 .3rem; background: var(--card); }
+.plot { border-bottom: 1px solid var(--line); }
 .axis { display: flex; justify-content: space-between; gap: 1rem; }
+.axis :first-child, .axis :last-child { flex: none; }
 .frames { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; }
 figure { margin: 0; }
 img { width: 100%; height: auto; border-radius: .25rem; display: block; }
@@ -124,17 +124,15 @@ def timeline(points: Tensor, threshold: float, ends: tuple[str, str]) -> str:
     corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
     limit = HEIGHT * (1 - threshold / top)
     return (
-        f'<div class=plot><span class=soft style="top:{100 * max(limit, 0) / HEIGHT:.1f}%">'
-        f"threshold {threshold:.4g}</span>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" '
-        f'aria-label="scores over time, highest {max(values):.4g}">'
+        f'<div class=plot><svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" '
+        f'role="img" aria-label="scores over time, highest {max(values):.4g}">'
         f'<defs><clipPath id="above"><rect width="{WIDTH}" height="{max(limit, 0):.1f}"/>'
         f'</clipPath></defs><polyline class="line" points="{corners}"/>'
         f'<polyline class="line over" clip-path="url(#above)" points="{corners}"/>'
         f'<line class="limit" x1="0" x2="{WIDTH}" y1="{limit:.1f}" y2="{limit:.1f}"/></svg></div>'
         f"<div class=axis><span>{html.escape(ends[0])}</span>"
-        f"<span>highest {max(values):.4g}</span><span>{html.escape(ends[1])}</span>"
-        "</div>"
+        f"<span>highest {max(values):.4g}, dashed: threshold {threshold:.4g}</span>"
+        f"<span>{html.escape(ends[1])}</span></div>"
     )
 
 
