@@ -202,8 +202,8 @@ class Detector:
         seed: of weights, shuffling and noise.
 
     Raises:
-        ValueError, TypeError: an option out of its range, data that do not fit. UserError: training
-            diverged.
+        ValueError, TypeError: an option out of its range, data that do not fit.
+        UserError: training diverged.
     """
 
     def __init__(

@@ -126,7 +126,8 @@ def clip_background(
         even number of frames not the mean of the middle two).
 
     Raises:
-        ValueError: no frames, wrong shape, samples < 1. TypeError: not uint8.
+        ValueError: no frames, wrong shape, samples < 1.
+        TypeError: not uint8.
     """
     check_gray(frames)
     _check_samples(samples)
@@ -194,7 +195,8 @@ class StreamingBackground:
             frames: uint8 (n, H, W) of one size throughout; n may be 0 but for the first time.
 
         Raises:
-            ValueError: wrong shape, another size than before, no frames yet. TypeError: not uint8.
+            ValueError: wrong shape, another size than before, no frames yet.
+            TypeError: not uint8.
         """
         check_gray(frames)
         if self._reservoir is None:

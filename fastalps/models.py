@@ -130,7 +130,8 @@ def model_config(
     """The configuration of a preset, with `overrides` of `ModelConfig`'s fields.
 
     Raises:
-        ValueError: unknown preset, or a field out of its range. TypeError: unknown field.
+        ValueError: unknown preset, or a field out of its range.
+        TypeError: unknown field.
     """
     _check_choice("preset", preset, tuple(PRESETS))
     size: Any = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
@@ -238,7 +239,8 @@ class ALPS(nn.Module):
         **overrides: fields of `ModelConfig`, such as ``latent=32`` or ``perturbation="noise"``.
 
     Raises:
-        ValueError: unknown preset or a value out of its range. TypeError: unknown option.
+        ValueError: unknown preset or a value out of its range.
+        TypeError: unknown option.
     """
 
     calibration: Calibration | None
@@ -308,7 +310,8 @@ class ALPS(nn.Module):
             `Scores` (normal, perturbed, average), (N,) float32 each.
 
         Raises:
-            ValueError: wrong shape. TypeError: wrong dtype.
+            ValueError: wrong shape.
+            TypeError: wrong dtype.
         """
         self._check(images)
         training = self.training

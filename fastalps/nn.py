@@ -99,7 +99,8 @@ class PerSampleMSE(nn.Module):
         (2, N).
 
     Raises:
-        ValueError: shapes that do not fit. TypeError: dtypes that no kernel takes.
+        ValueError: shapes that do not fit.
+        TypeError: dtypes that no kernel takes.
     """
 
     def __init__(self, sigmoid: bool = False, paired: bool = False) -> None:

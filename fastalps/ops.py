@@ -395,7 +395,8 @@ def tile_patches(
         (N, P, C, ph, pw), contiguous, on a row-major grid. Differentiable in floating frames.
 
     Raises:
-        ValueError: wrong number of dimensions, bad sizes. TypeError: wrong dtypes.
+        ValueError: wrong number of dimensions, bad sizes.
+        TypeError: wrong dtypes.
 
     Source: the patch-based protocol of ALPS (30x30 patches of UCSD frames), section IV.
     """
@@ -436,7 +437,8 @@ def fold_scores(
         a maximum the first has the gradient.
 
     Raises:
-        ValueError: P is not the grid's number of patches; bad sizes. TypeError: wrong dtypes.
+        ValueError: P is not the grid's number of patches; bad sizes.
+        TypeError: wrong dtypes.
     """
     _require_floating("scores", scores)
     if scores.dim() != 2:
@@ -472,7 +474,8 @@ def perturb_latent(
         tensors.
 
     Raises:
-        ValueError: shapes or devices differ. TypeError: wrong or different dtypes.
+        ValueError: shapes or devices differ.
+        TypeError: wrong or different dtypes.
 
     Source: ALPS, section III-C.
     """
@@ -526,7 +529,8 @@ def per_sample_mse(reconstruction: Tensor, target: Tensor) -> Tensor:
         (N,) float32. Differentiable in both.
 
     Raises:
-        ValueError: shapes or devices differ. TypeError: wrong dtypes.
+        ValueError: shapes or devices differ.
+        TypeError: wrong dtypes.
 
     Source: ALPS, section III-D.
     """
@@ -601,7 +605,8 @@ def active_patches(
         capture this op. No gradient: pixels are uint8.
 
     Raises:
-        ValueError: shapes, devices, sizes or threshold. TypeError: wrong dtypes.
+        ValueError: shapes, devices, sizes or threshold.
+        TypeError: wrong dtypes.
     """
     for name, tensor in (("frames", frames), ("background", background)):
         _require_tensor(name, tensor)

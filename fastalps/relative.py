@@ -62,7 +62,8 @@ def patch_energies(
         (N, P) float32, P in the order of `patch_grid`.
 
     Raises:
-        ValueError: sizes that do not fit. TypeError: not uint8.
+        ValueError: sizes that do not fit.
+        TypeError: not uint8.
     """
     if frames.dtype != torch.uint8 or background.dtype != torch.uint8:
         raise TypeError(

@@ -172,7 +172,8 @@ class Scorer:
             (N,) float32, on the images' device (CPU for arrays).
 
         Raises:
-            ValueError: another shape; NaN or infinite pixels. TypeError: another dtype.
+            ValueError: another shape; NaN or infinite pixels.
+            TypeError: another dtype.
         """
         return pick(self._image_errors(images, passes_for(self.score)), self.score)
 
@@ -232,7 +233,8 @@ class Scorer:
 
         Raises:
             ValueError: a shape that does not fit the model; a patch larger than the frame; a frame
-                size that changes within a stream; NaN or infinite pixels. TypeError: another dtype.
+                size that changes within a stream; NaN or infinite pixels.
+            TypeError: another dtype.
         """
         results = self._frames(frames, (self.score,))
         if isinstance(results, dict):

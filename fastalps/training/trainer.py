@@ -124,8 +124,10 @@ class Trainer:
 
         Raises:
             ValueError: no images, images that do not fit the model, options that do not fit device
-                or data. TypeError: wrong kinds. UserError: a checkpoint that does not fit, a
-                folder that cannot be written, training that diverged.
+                or data.
+            TypeError: wrong kinds.
+            UserError: a checkpoint that does not fit, a folder that cannot be written, training
+                that diverged.
         """
         if resume and self.run_dir is None:
             raise ValueError("resume: needs the run_dir of the run to go on with, got none")
