@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 SANITIZED = random_networks or perturbations or inputs or frames or threads or refused
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help setup demo test sanitize bench bench-ops gpu-check lint types clean
+.PHONY: help setup demo test sanitize bench bench-ops gpu-check lint types docs clean
 
 help:
 	@echo "make demo       train and score on real digits, with a plot (about a minute)"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench      the quick benchmark; python bench/run.py --help for the full one"
 	@echo "make bench-ops  the ops under pytest-benchmark"
 	@echo "make gpu-check  GPU tests and benchmarks with the torch that is there; writes JSON"
+	@echo "make docs       the documentation site, into build/site; fails on a broken link"
 	@echo "make lint types clean"
 
 $(VENV)/.torch:
@@ -66,6 +67,10 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "open build/site/index.html"
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache fastalps/lib

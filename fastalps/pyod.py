@@ -30,9 +30,10 @@ class ALPS(BaseDetector):
 
     Args:
         contamination: share of outliers in the training data, in (0, 0.5], or a PyThresh object.
-        image_size, preset, latent, perturbation, epochs, batch_size, learning_rate,
-            distorter_every, score_kind, device, random_state: as for
-            `fastalps.sklearn.ALPSDetector`, as is the form of X.
+        image_size, preset, latent, perturbation: as for `fastalps.sklearn.ALPSDetector`, as is the
+            form of X.
+        epochs, batch_size, learning_rate, distorter_every: likewise.
+        score_kind, device, random_state: likewise.
 
     Attributes:
         decision_scores_: of the training samples, (n,) float64.
