@@ -5,16 +5,19 @@ VENV ?= .venv
 # works, such as TORCH="torch==2.10.0".
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
+# Of `make wheel-check`.
+PYTHONS ?= python3.10 python3.13
 # Tests of what the library computes, but for those that train.
 SANITIZED = random_networks or perturbations or inputs or frames or threads or refused
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help setup demo test sanitize bench bench-ops gpu-check lint types docs clean
+.PHONY: help setup demo test sanitize wheel wheel-check bench bench-ops gpu-check lint types docs clean
 
 help:
 	@echo "make demo       train and score on real digits, with a plot (about a minute)"
 	@echo "make test       set everything up and run all tests"
 	@echo "make sanitize   the engine's tests under the address and undefined-behaviour sanitizers"
+	@echo "make wheel      sdist and, built from it, wheel, in dist/; wheel-check tries them"
 	@echo "make bench      the quick benchmark; python bench/run.py --help for the full one"
 	@echo "make bench-ops  the ops under pytest-benchmark"
 	@echo "make gpu-check  GPU tests and benchmarks with the torch that is there; writes JSON"
@@ -49,6 +52,21 @@ sanitize: setup
 	  $$($${CXX:-c++} -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  FASTALPS_TEST_LIBRARY=build/sanitized/fastalps/lib OMP_NUM_THREADS=2 \
 	  $(BIN)/python -m pytest -q -s -p no:cacheprovider tests/test_engine.py -k "$(SANITIZED)"
+
+# The wheel is built from the sdist: what the sdist lacks, fails here.
+wheel: setup
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+# Installs the wheel with all that it needs into an empty environment of each Python that is there:
+# minutes and gigabytes, as each gets a torch of its own. tests/test_wheel.py does with less.
+wheel-check:
+	@for python in $(PYTHONS); do \
+	  $$python -c '' 2>/dev/null || { echo "$$python: not found, skipped"; continue; }; \
+	  rm -rf build/wheel-check && $$python -m venv build/wheel-check && \
+	  build/wheel-check/bin/pip install --quiet --disable-pip-version-check dist/*.whl && \
+	  build/wheel-check/bin/python tests/installed_package.py || exit 1; \
+	done; rm -rf build/wheel-check
 
 bench: setup
 	$(BIN)/python bench/run.py --quick

@@ -51,10 +51,12 @@ class BuildFailure(Exception):
 
 
 def cxx() -> str:
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+    # Microsoft's compiler lacks the vector types of the kernels; clang++ uses its libraries.
+    usual = ("clang++",) if sys.platform == "win32" else ("c++", "g++", "clang++")
+    for name in (os.environ.get("CXX"), *usual):
         if name and (found := shutil.which(name)):
             return found
-    raise BuildFailure("no C++ compiler was found (install g++ or clang, or set CXX)")
+    raise BuildFailure(f"no C++ compiler was found (install {usual[-1]}, or set CXX)")
 
 
 def nvcc() -> str | None:
@@ -178,6 +180,10 @@ class Plan:
 def shared_flags(libraries: Path, device: str = "cpu") -> list[str]:
     if sys.platform == "darwin":
         return ["-dynamiclib", "-undefined", "dynamic_lookup", f"-L{libraries}", "-ltorch_cpu"]
+    if sys.platform == "win32":
+        # The builtins tell the processor's features.
+        flags = ["-shared", f"-L{libraries}", "-ltorch_cpu", "-lc10", "-lclang_rt.builtins-x86_64"]
+        return [*flags, "-Wl,-export:fastalps_cpu_capability"]
     flags = ["-shared", f"-L{libraries}"]
     if device == "cuda":
         # libtorch defines nothing, but needs libtorch_cuda where torch has CUDA: naming it binds
@@ -189,7 +195,8 @@ def shared_flags(libraries: Path, device: str = "cpu") -> list[str]:
 
 def build_cpu() -> Path:
     compiler, (headers, libraries) = cxx(), torch_folders()
-    common = [compiler, "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    common = [compiler, "-std=c++20", "-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    common += [] if sys.platform == "win32" else ["-fPIC"]
     common += ["-DFASTALPS_X86"] if X86 else []
     sanitize = [f"-fsanitize={SANITIZE}"] if SANITIZE else []
     if SANITIZE:
@@ -233,7 +240,7 @@ def cuda_declined() -> str | None:
     """Why the CUDA library is not even tried, or None."""
     wish = os.environ.get("FASTALPS_CUDA", "")
     if wish == "0":
-        return "FASTALPS_CUDA=0 turned it off when it was installed"
+        return "it was built with FASTALPS_CUDA=0, as wheels are; build from source to have them"
     with contextlib.suppress(BuildFailure):  # Without torch, the build itself says so.
         if wish != "1" and installed_torch().version.cuda is None:
             return (
