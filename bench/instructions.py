@@ -122,9 +122,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--preset", default="network-b", choices=tuple(PRESETS))
-    parser.add_argument("--patches", type=int, default=24, help="a call")
-    parser.add_argument("--candidates", default=",".join(CANDIDATES), metavar="NAME,NAME")
+    parser.add_argument(
+        "--preset",
+        default="network-b",
+        choices=tuple(PRESETS),
+        help="the network (default: network-b)",
+    )
+    parser.add_argument("--patches", type=int, default=24, help="patches a call (default: 24)")
+    parser.add_argument(
+        "--candidates",
+        default=",".join(CANDIDATES),
+        metavar="NAME,NAME",
+        help="what is counted (default: all: %(default)s)",
+    )
     return guarded(lambda: _run(parser.parse_args(arguments)))
 
 

@@ -54,7 +54,9 @@ def _parser() -> Parser:
     )
     names = ", ".join(cases.GROUPS)
     parser.add_argument("groups", nargs="*", metavar="group", help=f"{names} (default: all)")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--device", default="cpu", choices=("cpu", "cuda"), help="where it all runs (default: cpu)"
+    )
     effort = parser.add_mutually_exclusive_group()
     effort.add_argument("--quick", action="store_true", help="few rounds: about two minutes in all")
     effort.add_argument(

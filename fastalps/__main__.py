@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 
@@ -46,4 +47,9 @@ def _lines() -> list[str]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        prog="python -m fastalps",
+        description="Prints versions, devices, CPU features, and which kernels are on or off, and "
+        "why. Commands: fastalps-train, fastalps-score, fastalps-export, each with --help.",
+    ).parse_args()
     print("\n".join(_lines()))

@@ -108,6 +108,16 @@ def test_environment_variables_are_those_that_are_read() -> None:
     assert set(re.findall(r"FASTALPS_\w+", page)) == documentation.source_variables()
 
 
+@pytest.mark.parametrize("module", documentation.programs().values())
+def test_help_is_for_people(module) -> None:
+    result = documentation.parsed(module, [], parse=False)
+    text = result.parser.format_help()
+    assert not re.search(r"\bNone\b|Optional\[|``|<class", text)
+    unexplained = [a.dest for a in result.parser._actions if not a.help]
+    # bench/paper.py describes its tables, not yet each option.
+    assert not unexplained or module == "bench.paper"
+
+
 # The checker itself -----------------------------------------------------------------------------
 
 

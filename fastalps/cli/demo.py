@@ -18,8 +18,9 @@ from fastalps.data import load_images
 
 NAME = "fastalps-demo"
 NORMAL_CLASS = "8"
-USAGE = f"{NAME} --out RUN"
-DESCRIPTION = "Trains and tests ALPS on scikit-learn's digits (1,797 real images of 8x8 pixels)."
+USAGE = "python -m fastalps.cli.demo [--out RUN]"
+DESCRIPTION = """Trains and tests ALPS on scikit-learn's digits (1,797 real images of 8x8 pixels):
+one digit is normal, the others are not. `make demo` runs it."""
 SHADES = " .:-=+*#%@"
 SCORED_IMAGES = 20_000
 
@@ -32,7 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def demo(arguments: Sequence[str]) -> None:
     """Trains into a new folder, shows what the errors look like, and times scoring."""
     parser = make_parser(NAME, DESCRIPTION, USAGE)
-    parser.add_argument("--out", default="runs/demo", help="the run's folder")
+    parser.add_argument(
+        "--out",
+        default="runs/demo",
+        help="the run's folder; another number is added where it is taken",
+    )
     out = _unused(Path(parse(parser, arguments).out))
     print(f"One digit, {NORMAL_CLASS}, is normal: the model sees no other in training.\n")
     train(

@@ -28,8 +28,9 @@ class DataOptions:
     """The data.
 
     Attributes:
-        dataset: digits (embedded), mnist, fashion-mnist, folder (your own images), ucsd-ped1,
-            ucsd-ped2 or video (your own normal videos of one camera).
+        dataset: digits (embedded), mnist, fashion-mnist, folder (your own images, in sub-folders
+            normal and, to test on, anomalous), ucsd-ped1, ucsd-ped2 or video (your own normal
+            videos of one camera).
         root: the folder that holds the data set; not needed for digits.
         normal_class: number or name of the class that is normal (digits, mnist, fashion-mnist).
         download: fetch missing files of mnist and fashion-mnist.
@@ -163,15 +164,21 @@ def make_parser(name: str, description: str, usage: str, *groups: type) -> Any:
     # The texts of the help come from docstrings, by way of a module that is slow to import.
     from jsonargparse import ArgumentParser
 
+    from fastalps.cli.help_texts import HelpFormatter
+
     parser = ArgumentParser(
         prog=name,
         description=description,
         usage=usage,
+        formatter_class=HelpFormatter,
         exit_on_error=False,
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", action="config", help="YAML file of options; flags behind it win"
+        "--config",
+        action="config",
+        metavar="FILE",
+        help="YAML file of options, named as here with _ for -; options behind it win",
     )
     for group in groups:
         parser.add_class_arguments(group, as_group=True)

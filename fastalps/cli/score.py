@@ -57,7 +57,7 @@ def score(arguments: Sequence[str]) -> None:
     """Parses the arguments, scores the input and writes the results."""
     parser = make_parser(NAME, DESCRIPTION, USAGE, ScoreOptions)
     parser.add_argument("run", help="folder of a run of fastalps-train, or a model.safetensors")
-    parser.add_argument("input", help="what to score")
+    parser.add_argument("input", help="images, frames, a video, a camera or an address")
     parser.add_argument("--out", required=True, help="folder for the results")
     parser.add_argument(
         "--realtime",

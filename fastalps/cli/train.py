@@ -61,7 +61,8 @@ DESCRIPTION = """Trains ALPS on normal data and tests it.
 RUN gets model.safetensors, config.yaml, history.csv (an epoch a row), metrics.json (AUROC, AUPR and
 EER of each score), scores.csv (what they are computed from) and figures/. A score is the mean
 squared error of an image's reconstruction, pixels in [0, 1]: normal, perturbed, or the average of
-both; higher = more anomalous. The threshold is set on held-out normal data only."""
+both; higher = more anomalous. The threshold is set on held-out normal data only. --dataset, --root
+and --out are enough to begin with; all else has a default."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

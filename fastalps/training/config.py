@@ -16,7 +16,7 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Options of `Trainer`.
+    """How a model is trained.
 
     Attributes:
         epochs: passes over the training images.
