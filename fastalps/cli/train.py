@@ -118,7 +118,7 @@ def train(arguments: Sequence[str]) -> None:
             stored.root, stored.cache = absolute(data_options.root), absolute(data_options.cache)
             for name in ("out", "resume", "config"):
                 stored.pop(name, None)
-            text = parser.dump(stored, skip_none=False, skip_validation=True)
+            text = parser.dump(stored, skip_unset=False, skip_validation=True)
             write_text(folder / run_folder.CONFIG, text)
             print(
                 f"{data.name}: {len(data.train)} training images of "
