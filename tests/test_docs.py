@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests import documentation
+from tests import documentation, documented_commands
 from tests.documentation import ROOT, Block, blocks
 
 PAGES = {page: (ROOT / page).read_text(encoding="utf-8") for page in documentation.pages()}
 BLOCKS = {page: blocks(page, text) for page, text in PAGES.items()}
-MORE = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "bench/NOTES.md")
+MORE = ("CHANGELOG.md", "SECURITY.md", "bench/NOTES.md")
 LINKED = {**PAGES, **{page: (ROOT / page).read_text(encoding="utf-8") for page in MORE}}
 
 # Packages of extras, without which a page's blocks cannot run.
@@ -83,11 +85,11 @@ def test_marked_blocks_at_least_compile(block) -> None:
 def test_commands_exist(page) -> None:
     problems = []
     for block in BLOCKS[page]:
-        for words in documentation.commands(block.text) if block.language == "sh" else ():
-            if found := documentation.problem(words):
+        for words in documented_commands.commands(block.text) if block.language == "sh" else ():
+            if found := documented_commands.problem(words):
                 problems.append(f"{page}:{block.line}: {' '.join(words)}: {found}")
     for span in re.findall(r"`([^`]+)`", documentation.prose(PAGES[page])):
-        if found := documentation.inline_problem(span):
+        if found := documented_commands.inline_problem(span):
             problems.append(f"{page}: `{span}`: {found}")
     assert not problems
 
@@ -108,9 +110,9 @@ def test_environment_variables_are_those_that_are_read() -> None:
     assert set(re.findall(r"FASTALPS_\w+", page)) == documentation.source_variables()
 
 
-@pytest.mark.parametrize("module", documentation.programs().values())
+@pytest.mark.parametrize("module", documented_commands.programs().values())
 def test_help_is_for_people(module) -> None:
-    result = documentation.parsed(module, [], parse=False)
+    result = documented_commands.parsed(module, [], parse=False)
     text = result.parser.format_help()
     assert not re.search(r"\bNone\b|Optional\[|``|<class", text)
     unexplained = [a.dest for a in result.parser._actions if not a.help]
@@ -190,7 +192,11 @@ def test_marks_have_reasons() -> None:
     ],
 )
 def test_wrong_commands_are_found(command, message) -> None:
-    found = [p for words in documentation.commands(command) if (p := documentation.problem(words))]
+    found = [
+        p
+        for words in documented_commands.commands(command)
+        if (p := documented_commands.problem(words))
+    ]
     assert (not found) if message is None else (len(found) == 1 and message in found[0])
 
 
@@ -208,12 +214,12 @@ def test_wrong_commands_are_found(command, message) -> None:
     ],
 )
 def test_wrong_spans_are_found(span, message) -> None:
-    assert documentation.inline_problem(span) == message
+    assert documented_commands.inline_problem(span) == message
 
 
 def test_commands_go_over_lines_and_leave_comments_out() -> None:
     text = "fastalps-train --out run \\\n  --resume   # go on\n# nothing\nmake lint; make types\n"
-    assert documentation.commands(text) == [
+    assert documented_commands.commands(text) == [
         ["fastalps-train", "--out", "run", "--resume"],
         ["make", "lint"],
         ["make", "types"],
@@ -241,3 +247,45 @@ def test_wrong_links_are_found(link, message, monkeypatch) -> None:
         monkeypatch.setattr(documentation, "anchors", lambda _: heading)
     found = documentation.link_problems("docs/scores.md", text)
     assert (not found) if message is None else (len(found) == 1 and message in found[0])
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    """docs/hooks.py, which is no part of a package."""
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed (pip install fastalps[docs])")
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs/hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_site_has_the_files_that_pages_link_to(hooks) -> None:
+    text = "[a](../README.md#results), [b\nb](scores.md#x), [c](https://x.invalid/README.md)"
+    assert hooks.rewritten(text, "docs/page.md", "page.md") == (
+        "[a](results.md#results), [b\nb](scores.md#x), [c](https://x.invalid/README.md)"
+    )
+    assert hooks.rewritten("[a](../../README.md)", "docs/api/x.md", "api/x.md") == (
+        "[a](../results.md)"
+    )
+    assert hooks.rewritten("[a](docs/scores.md)", "README.md", "results.md") == "[a](scores.md)"
+    chosen = hooks.select("# T\n\n## A\n\na\n\n## B\n\nb\n\n## C\n", ("A", "B"))
+    assert chosen == "# A and b\n\n## A\n\na\n\n## B\n\nb\n\n"
+
+
+@pytest.mark.parametrize(
+    ("tag", "refused"),
+    [
+        ('<script src="https://cdn.invalid/x.js"></script>', True),
+        ('<link rel="stylesheet" href="//fonts.invalid/x.css">', True),
+        ('<img src="http://x.invalid/badge.svg">', True),
+        ('<a href="https://x.invalid/">', False),
+        ('<script src="assets/x.js"></script>', False),
+    ],
+)
+def test_the_site_loads_nothing_from_other_hosts(hooks, tag, refused) -> None:
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="page.md"))
+    if not refused:
+        assert hooks.on_post_page(tag, page=page) == tag
+        return
+    with pytest.raises(hooks.PluginError, match=r"page\.md loads from another host"):
+        hooks.on_post_page(tag, page=page)
