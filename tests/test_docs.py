@@ -272,6 +272,12 @@ def test_the_site_has_the_files_that_pages_link_to(hooks) -> None:
     assert chosen == "# A and b\n\n## A\n\na\n\n## B\n\nb\n\n"
 
 
+def test_the_site_is_built_strictly() -> None:
+    (line,) = re.findall(r"^.*mkdocs build.*$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    # With --quiet, mkdocs 1.6 no longer counts warnings, and --strict lets them pass.
+    assert "--strict" in line and "--quiet" not in line and "-q" not in line.split()
+
+
 @pytest.mark.parametrize(
     ("tag", "refused"),
     [
