@@ -28,7 +28,8 @@ class Drift:
     """A window whose scores are not distributed like the held-out normal ones.
 
     Attributes:
-        first, last: the window's items, counted from 0, last exclusive.
+        first: of the window's items, counted from 0.
+        last: behind its last one.
         probability: of the quantile that tells most, such as 0.5 for the median.
         score: that quantile of the held-out normal scores.
         above: whether too many scores lie above it, or too many below.

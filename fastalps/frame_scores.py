@@ -59,7 +59,9 @@ class FrameScores:
             gate dropped the patch.
         frames: (N,) float32, the reduction of each frame's patches (dropped ones count as 0).
         kept: bool (N, P), False where the gate dropped the patch; None when there was no gate.
-        frame_size, patch_size, stride: (height, width) in pixels.
+        frame_size: (height, width) in pixels.
+        patch_size: likewise.
+        stride: (rows, columns) from one patch to the next.
         edge: as the patches were cut, see `fastalps.ops.patch_grid`.
     """
 

@@ -34,17 +34,29 @@ SMALLEST_IMAGE = 8
 
 
 class ALPSOutput(NamedTuple):
-    """What a forward pass gives; images in [0, 1]."""
+    """What a forward pass gives.
 
-    latent: Tensor  # (N, D)
-    perturbation: Tensor  # (N, D), before its strength
-    reconstruction: Tensor  # (N, C, H, W)
-    perturbed_reconstruction: Tensor  # (N, C, H, W)
+    Attributes:
+        latent: (N, D).
+        perturbation: (N, D), before its strength.
+        reconstruction: (N, C, H, W) in [0, 1].
+        perturbed_reconstruction: (N, C, H, W) in [0, 1], from the perturbed latent.
+    """
+
+    latent: Tensor
+    perturbation: Tensor
+    reconstruction: Tensor
+    perturbed_reconstruction: Tensor
 
 
 class Scores(NamedTuple):
-    """Anomaly scores, (N,) float32 each; higher = more anomalous. Mean squared errors of images in
-    [0, 1], so between 0 and 1."""
+    """Anomaly scores, (N,) float32 each; higher = more anomalous.
+
+    Attributes:
+        normal: mean squared error of the reconstruction, pixels in [0, 1]; so between 0 and 1.
+        perturbed: the same of the perturbed reconstruction.
+        average: the mean of both.
+    """
 
     normal: Tensor
     perturbed: Tensor
