@@ -264,12 +264,16 @@ def test_the_site_has_the_files_that_pages_link_to(hooks) -> None:
     assert hooks.rewritten(text, "docs/page.md", "page.md") == (
         "[a](results.md#results), [b\nb](scores.md#x), [c](https://x.invalid/README.md)"
     )
-    assert hooks.rewritten("[a](../../README.md)", "docs/api/x.md", "api/x.md") == (
-        "[a](../results.md)"
+    text = "[a](../../README.md#install), [b](../../CONTRIBUTING.md)"
+    assert hooks.rewritten(text, "docs/api/x.md", "api/x.md") == (
+        "[a](../install.md#install), [b](../contributing.md)"
     )
+    with pytest.raises(hooks.PluginError, match=r"README.md#what-it-does is not in the site"):
+        hooks.rewritten("[a](../README.md#what-it-does)", "docs/x.md", "x.md")
     assert hooks.rewritten("[a](docs/scores.md)", "README.md", "results.md") == "[a](scores.md)"
     chosen = hooks.select("# T\n\n## A\n\na\n\n## B\n\nb\n\n## C\n", ("A", "B"))
     assert chosen == "# A and b\n\n## A\n\na\n\n## B\n\nb\n\n"
+    assert hooks.select("# T\n\n## A\n\na\n", ("A",)) == "# A\n\na\n"
 
 
 def test_the_site_is_built_strictly() -> None:
