@@ -1,0 +1,284 @@
+// Where everything lies in the fused scoring kernels: shapes, shared memory, fragments, borders.
+//
+// Plain C++ without a device: the kernels and the emulator of the tests compile this same header.
+// A map in shared memory is bf16, pixel by pixel, its channels in chunks of 8 (16 bytes, what one
+// lane addresses for ldmatrix).
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#if defined(__CUDACC__)
+#define FASTALPS_INDEX __host__ __device__ constexpr
+#else
+#define FASTALPS_INDEX constexpr
+#endif
+
+namespace fastalps::cuda::fused {
+
+constexpr int kLanes = 32;
+constexpr int kWarps = 8;
+constexpr int kBlock = kLanes * kWarps;
+
+// Of mma.sync m16n8k16: 16 rows of A, 8 columns of B, 16 terms.
+constexpr int kTileRows = 16;
+constexpr int kTileColumns = 8;
+constexpr int kTileTerms = 16;
+
+constexpr int kChunkBytes = 16;
+constexpr int kChunkChannels = 8;
+
+FASTALPS_INDEX int divide_up(int value, int divisor) { return (value + divisor - 1) / divisor; }
+
+// Fragments of B (16 terms, 8 columns, 8 bytes a lane) of a layer's weights, in the order
+// [step of 16 terms][8 outputs][lane]; terms are tap by tap, inputs innermost.
+FASTALPS_INDEX int fragments(int taps, int inputs, int outputs) {
+  return divide_up(taps * inputs, kTileTerms) * divide_up(outputs, kTileColumns);
+}
+
+// One lane's part in an mma (PTX ISA, "Matrix Fragments for mma.m16n8k16"): of the result, rows
+// `group` and `group` + 8, columns 2 * `quad` and the next; of A, by ldmatrix, the address of 8
+// terms, the first or the second `half` of 16, of row `row`.
+struct Lane {
+  int warp, index, group, quad, row, half;
+
+  FASTALPS_INDEX explicit Lane(int thread)
+      : warp(thread / kLanes),
+        index(thread % kLanes),
+        group(index / 4),
+        quad(index % 4),
+        row(index % 16),
+        half(index / 16) {}
+};
+
+// Byte offsets within a map of kChannels. The chunks of a pixel are permuted so that 8 pixels, read
+// at distances of kStep pixels, meet all 32 banks of shared memory.
+template <int kChannels, int kStep = 1>
+struct Map {
+  static constexpr int kChunks = kChannels / kChunkChannels;
+  static_assert(kChannels % kChunkChannels == 0);
+
+  FASTALPS_INDEX static int twist(int pixel) {
+    const int row = pixel / kStep;
+    if (kChunks % 8 == 0) return row & 7;
+    if (kChunks % 4 == 0) return (row >> 1) & 3;
+    if (kChunks % 2 == 0) return (row >> 2) & 1;
+    return 0;
+  }
+  FASTALPS_INDEX static int chunk(int pixel, int chunk) {
+    return (pixel * kChunks + (chunk ^ twist(pixel))) * kChunkBytes;
+  }
+  FASTALPS_INDEX static int channel(int pixel, int channel) {
+    return chunk(pixel, channel / kChunkChannels) + channel % kChunkChannels * 2;
+  }
+  FASTALPS_INDEX static int bytes(int pixels) { return pixels * kChannels * 2; }
+};
+
+// The taps of a 3x3 transposed convolution of stride 2, padding 1, along one axis: input i meets
+// output 2 * i - 1 + tap. So output 2 * a of an anchor a takes tap 1 of input a, and output
+// 2 * a + 1 takes tap 2 of input a and tap 0 of input a + 1.
+FASTALPS_INDEX int tap_phase(int tap) { return tap == 1 ? 0 : 1; }
+FASTALPS_INDEX int tap_neighbour(int tap) { return tap == 0 ? 1 : 0; }
+
+// Kernel E: the first two convolutions of encoder and distorter.
+template <int kSize_, int kFirst_, int kSecond_>
+struct EncodeShape {
+  static constexpr int kSize = kSize_, kFirst = kFirst_, kSecond = kSecond_;
+  static constexpr int kHalf = divide_up(kSize, 2), kQuarter = divide_up(kHalf, 2);
+  static constexpr int kBordered = kSize + 2;
+  // Both networks side by side: they share the image.
+  using FirstMap = Map<2 * kFirst, 2>;
+  static constexpr int kFirstFragments = fragments(9, 1, 2 * kFirst);
+  static constexpr int kSecondFragments = fragments(9, kFirst, kSecond);  // Of one network.
+  static constexpr int kFragments = kFirstFragments + 2 * kSecondFragments;
+  static constexpr int kBiases = 2 * kFirst + 2 * kSecond;
+  static constexpr int kOutputs = kQuarter * kQuarter * kSecond;  // Of one network.
+
+  static constexpr int kTilesDown = 2;
+  static constexpr int kTilesAcross = kSecond / kTileColumns / 2;
+  static_assert(kFirst % 16 == 0 && kSecond % 16 == 0 && kQuarter * kQuarter <= 64);
+
+  // Shared memory: weights, the first map, the bordered image, a chunk of zeros.
+  static constexpr int kMapAt = kFragments * kLanes * 8;
+  static constexpr int kImageAt = kMapAt + FirstMap::bytes(kHalf * kHalf);
+  static constexpr int kZeroAt =
+      divide_up(kImageAt + kBordered * kBordered * 2, kChunkBytes) * kChunkBytes;
+  static constexpr int kSharedBytes = kZeroAt + kChunkBytes;
+};
+
+// First half of kernel M: the third and fourth convolutions, their pooling, the perturbation. A
+// tile's 16 rows are patches, all at the same pixel, so that a tap is outside for all or none.
+template <int kSide_, int kSecond_, int kThird_, int kLatent_>
+struct LatentShape {
+  static constexpr int kSide = kSide_, kSecond = kSecond_, kThird = kThird_, kLatent = kLatent_;
+  static constexpr int kHalf = 4, kQuarter = 2;
+  static_assert(divide_up(kSide, 2) == kHalf);
+  static_assert(kSecond % 16 == 0 && kThird % 16 == 0 && kLatent % 16 == 0);
+  using StagedMap = Map<kSecond>;
+  using HiddenMap = Map<kThird>;
+  static constexpr int kThirdFragments = fragments(9, kSecond, kThird);  // Of one network.
+  static constexpr int kFourthFragments = fragments(9, kThird, kLatent);
+  static constexpr int kFragments = 2 * (kThirdFragments + kFourthFragments);
+  static constexpr int kBiases = 2 * kThird + 2 * kLatent;
+
+  // Two rows of results a band, for which five rows of inputs are staged.
+  static constexpr int kBands = 2, kBandRows = kHalf / kBands, kStagedRows = 2 * kBandRows + 1;
+  static constexpr int kThirdAcross = kThird / kTileColumns / kWarps;
+  static_assert(kThirdAcross * kTileColumns * kWarps == kThird);
+  // Warps share out the latent's columns, and, where those are few, also the terms of their sums.
+  static constexpr int kColumns = kLatent / kTileColumns;
+  static constexpr int kFourthAcross = kColumns >= kWarps ? kColumns / kWarps : 1;
+  static constexpr int kGroups = kColumns / kFourthAcross;
+  static constexpr int kSlices = kWarps / kGroups;
+  static_assert(kGroups * kSlices == kWarps && kThird / kTileTerms % kSlices == 0);
+
+  // Shared memory: staged rows (later the slices' sums, then the perturbation), the hidden map, the
+  // latent of the encoder.
+  static constexpr int kStagedBytes = StagedMap::bytes(kStagedRows * kSide * kTileRows);
+  static constexpr int kHiddenAt = kStagedBytes;
+  static constexpr int kKeptAt = kHiddenAt + HiddenMap::bytes(kHalf * kHalf * kTileRows);
+  static constexpr int kSharedBytes = kKeptAt + kTileRows * kLatent * 4;
+  static_assert(kSlices * kTileRows * kLatent * 4 <= kStagedBytes);
+};
+
+// Second half of kernel M: the dense layer and the first two transposed convolutions. Rows are
+// decoder passes; a tile has 16 of them at the same pixel.
+template <int kSide_, int kLatent_, int kStart_, int kFirst_, int kSecond_>
+struct ExpandShape {
+  static constexpr int kSide = kSide_, kLatent = kLatent_, kStart = kStart_;
+  static constexpr int kFirst = kFirst_, kSecond = kSecond_;
+  static constexpr int kQuarter = 2, kHalf = 4;
+  static_assert(divide_up(kSide, 2) == kHalf);
+  static_assert(kLatent % 16 == 0 && kStart % 16 == 0 && kFirst % 16 == 0 && kSecond % 8 == 0);
+  using LatentMap = Map<kLatent>;
+  using StartMap = Map<kStart>;
+  using FirstMap = Map<kFirst>;
+  static constexpr int kDense = kQuarter * kQuarter * kStart;  // Outputs, by pixel, then channel.
+  static constexpr int kDenseFragments = fragments(1, kLatent, kDense);
+  static constexpr int kFirstFragments = fragments(9, kStart, kFirst);
+  static constexpr int kSecondFragments = fragments(9, kFirst, kSecond);
+  static constexpr int kFragments = kDenseFragments + kFirstFragments + kSecondFragments;
+  static constexpr int kBiases = kDense + kFirst + kSecond;
+  static constexpr int kOutputs = kSide * kSide * kSecond;
+
+  static constexpr int kDenseAcross = 4;
+  static constexpr int kFirstAcross = kFirst / kTileColumns / kWarps;
+  static constexpr int kSecondAcross = kSecond / kTileColumns >= 8 ? 2 : 1;
+  static_assert(kDense % (kTileColumns * kDenseAcross) == 0);
+  static_assert(kFirstAcross * kTileColumns * kWarps == kFirst);
+
+  // Shared memory: latents, the dense layer's map, the first layer's map.
+  static constexpr int kStartAt = LatentMap::bytes(kTileRows);
+  static constexpr int kFirstAt = kStartAt + StartMap::bytes(kQuarter * kQuarter * kTileRows);
+  static constexpr int kSharedBytes = kFirstAt + FirstMap::bytes(kHalf * kHalf * kTileRows);
+};
+
+// Kernel D: the last two transposed convolutions of stride 2, the two of stride 1, sigmoid, error.
+template <int kSize_, int kInputs_, int kThird_, int kFourth_, int kFifth_>
+struct DecodeShape {
+  static constexpr int kSize = kSize_, kInputs = kInputs_, kThird = kThird_;
+  static constexpr int kFourth = kFourth_, kFifth = kFifth_;
+  static constexpr int kHalf = divide_up(kSize, 2), kQuarter = divide_up(kHalf, 2);
+  static_assert(kInputs % 16 == 0 && kThird % 16 == 0 && kFourth % 8 == 0 && kFifth % 8 == 0);
+  using InputMap = Map<kInputs>;
+  using ThirdMap = Map<kThird>;
+  using FourthMap = Map<kFourth>;
+  using FifthMap = Map<kFifth>;
+  static constexpr int kThirdFragments = fragments(9, kInputs, kThird);
+  static constexpr int kFourthFragments = fragments(9, kThird, kFourth);
+  static constexpr int kFifthFragments = fragments(9, kFourth, kFifth);
+  static constexpr int kLastFragments = fragments(9, kFifth, 1);
+  static constexpr int kFragments =
+      kThirdFragments + kFourthFragments + kFifthFragments + kLastFragments;
+  static constexpr int kBiases = kThird + kFourth + kFifth + kTileColumns;
+  static constexpr int kInputValues = kQuarter * kQuarter * kInputs;
+
+  static constexpr int kThirdAcross = kThird / kTileColumns / 2;
+  static constexpr int kFourthAcross = kFourth / kTileColumns;
+  static constexpr int kFifthAcross = kFifth / kTileColumns;
+  static constexpr int kTilesDown = 2;  // Of the layers of stride 1.
+
+  // Shared memory: weights, two maps that layers read and write in turn, zeros, the warps' sums.
+  static constexpr int kEvenAt = kFragments * kLanes * 8;
+  static constexpr int kInputBytes = InputMap::bytes(kQuarter * kQuarter);
+  static constexpr int kThirdBytes = ThirdMap::bytes(kHalf * kHalf);
+  static constexpr int kFourthBytes = FourthMap::bytes(kSize * kSize);
+  static constexpr int kFifthBytes = FifthMap::bytes(kSize * kSize);
+  static constexpr int kOddAt = kEvenAt + (kInputBytes > kFourthBytes ? kInputBytes : kFourthBytes);
+  static constexpr int kZeroAt = kOddAt + (kThirdBytes > kFifthBytes ? kThirdBytes : kFifthBytes);
+  static constexpr int kSumsAt = kZeroAt + kChunkBytes;
+  static constexpr int kSharedBytes = kSumsAt + kWarps * 4;
+};
+
+// A whole network: square images of one channel, the widths of fastalps.models.PRESETS.
+template <int kSize, int kC1, int kC2, int kC3, int kLatent, int kD0, int kD1, int kD2, int kD3,
+          int kD4, int kD5>
+struct Shape {
+  static constexpr int kQuarter = divide_up(divide_up(kSize, 2), 2);
+  using Encode = EncodeShape<kSize, kC1, kC2>;
+  using Latent = LatentShape<kQuarter, kC2, kC3, kLatent>;
+  using Expand = ExpandShape<kQuarter, kLatent, kD0, kD1, kD2>;
+  using Decode = DecodeShape<kSize, kD2, kD3, kD4, kD5>;
+  static constexpr int kPixels = kSize * kSize;
+
+  // Places of the kernels' weights (in fragments of 256 bytes) and biases (in floats).
+  static constexpr int kLatentAt = Encode::kFragments;
+  static constexpr int kExpandAt = kLatentAt + Latent::kFragments;
+  static constexpr int kDecodeAt = kExpandAt + Expand::kFragments;
+  static constexpr int kFragments = kDecodeAt + Decode::kFragments;
+  static constexpr int kLatentBias = Encode::kBiases;
+  static constexpr int kExpandBias = kLatentBias + Latent::kBiases;
+  static constexpr int kDecodeBias = kExpandBias + Expand::kBiases;
+  static constexpr int kBiases = kDecodeBias + Decode::kBiases;
+
+  // Scratch of a patch, in bf16 values: the maps between E and M, later those between M and D (both
+  // networks, then both passes), and the latents.
+  static constexpr int kMapValues =
+      2 * (Encode::kOutputs > Expand::kOutputs ? Encode::kOutputs : Expand::kOutputs);
+  static constexpr int kScratchValues = kMapValues + 2 * kLatent;
+
+  // What every GPU of compute capability 8.0, 9.x and 10.x gives a block: 163 KiB.
+  static constexpr int kMostShared = 163 * 1024;
+  static_assert(Encode::kSharedBytes <= kMostShared && Latent::kSharedBytes <= kMostShared);
+  static_assert(Expand::kSharedBytes <= kMostShared && Decode::kSharedBytes <= kMostShared);
+};
+
+// The shipped presets, by the numbers that fastalps/fused.py gives them.
+template <int kSize>
+using Paper = Shape<kSize, 32, 64, 128, 16, 256, 128, 64, 32, 16, 16>;
+template <int kSize>
+using Fast = Shape<kSize, 16, 32, 64, 16, 96, 64, 32, 16, 8, 8>;
+template <int kSize>
+using NetworkB = Shape<kSize, 32, 64, 128, 256, 256, 128, 64, 32, 16, 16>;
+
+template <int64_t kNumber>
+using Number = std::integral_constant<int64_t, kNumber>;
+
+// Calls body(Number{}, Shape{}) for the shape of that number; returns whether there is one.
+template <typename Body>
+bool with_numbered_shape(int64_t number, Body&& body) {
+  switch (number) {
+    case 0:
+      return body(Number<0>{}, Paper<28>{}), true;
+    case 1:
+      return body(Number<1>{}, Paper<30>{}), true;
+    case 2:
+      return body(Number<2>{}, Fast<28>{}), true;
+    case 3:
+      return body(Number<3>{}, Fast<30>{}), true;
+    case 4:
+      return body(Number<4>{}, NetworkB<28>{}), true;
+    case 5:
+      return body(Number<5>{}, NetworkB<30>{}), true;
+    default:
+      return false;
+  }
+}
+
+// The same without the number: body(Shape{}).
+template <typename Body>
+bool with_shape(int64_t number, Body&& body) {
+  return with_numbered_shape(number, [&](auto, auto shape) { body(shape); });
+}
+
+}  // namespace fastalps::cuda::fused

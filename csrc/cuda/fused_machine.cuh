@@ -1,0 +1,62 @@
+// The instructions that the fused kernels use, on a device. tests/emulation/fused_machine.h has the
+// same functions for a host, where kernels run lane by lane.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#define FASTALPS_DEVICE __device__ __forceinline__
+
+namespace fastalps::cuda::fused {
+
+FASTALPS_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+FASTALPS_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
+FASTALPS_DEVICE int block_count() { return static_cast<int>(gridDim.x); }
+FASTALPS_DEVICE void barrier() { __syncthreads(); }
+
+// A 16 x 16 operand A of mma: four pairs of bf16 a lane.
+struct Operand {
+  uint32_t word[4];
+};
+
+// Reads A from shared memory: each lane gives the address of 8 terms, see `Lane`.
+FASTALPS_DEVICE Operand load_operand(const unsigned char* chunk) {
+  Operand a;
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(chunk));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a.word[0]), "=r"(a.word[1]), "=r"(a.word[2]), "=r"(a.word[3])
+               : "r"(address)
+               : "memory");
+  return a;
+}
+
+// sums += A * B, bf16 with float32 sums.
+FASTALPS_DEVICE void multiply_add(float (&sums)[4], const Operand& a, uint2 b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+      "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.x), "r"(b.y));
+}
+
+// Two bf16 in one word, rounded to nearest even, the first in the lower half.
+FASTALPS_DEVICE uint32_t round_pair(float first, float second) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+}
+
+// Memory that no thread writes while the kernel runs.
+template <typename T>
+FASTALPS_DEVICE T read_only(const T* place) {
+  return __ldg(place);
+}
+
+FASTALPS_DEVICE float exponential(float value) { return __expf(value); }
+FASTALPS_DEVICE float hyperbolic_tangent(float value) { return tanhf(value); }
+FASTALPS_DEVICE float inverse_root(float value) { return rsqrtf(value); }
+FASTALPS_DEVICE float shuffle_down(float value, int distance) {
+  return __shfl_down_sync(0xffffffffu, value, distance);
+}
+
+}  // namespace fastalps::cuda::fused

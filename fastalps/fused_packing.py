@@ -1,0 +1,137 @@
+"""Weights of an ALPS model in the order that the fused CUDA kernels read them.
+
+`csrc/cuda/fused_index.h` defines that order: layer by layer, each a matrix of terms (taps, then
+inputs) by outputs, cut into the fragments that one mma instruction multiplies by.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastalps.inference import fold_batch_norm
+from fastalps.models import ALPS, PRESETS, ModelConfig
+
+# Terms and outputs of a fragment: B of mma m16n8k16.
+TERMS, OUTPUTS = 16, 8
+
+# The networks that the kernels are compiled for, at their numbers: `with_shape` of fused_index.h.
+SHAPES = [
+    ("paper", 28),
+    ("paper", 30),
+    ("fast", 28),
+    ("fast", 30),
+    ("network-b", 28),
+    ("network-b", 30),
+]
+
+
+class PackedWeights(NamedTuple):
+    """What the kernels read."""
+
+    weights: Tensor  # bfloat16 (fragments, 32 lanes, 4)
+    biases: Tensor  # float32
+
+
+class Sizes(NamedTuple):
+    """Scratch of one patch, in bf16 values."""
+
+    maps: int  # between the kernels E and M, then between M and D
+    latent: int  # of one decoder pass
+
+
+def shape_number(config: ModelConfig) -> int | None:
+    """The number of the compiled shape that this model has; None where there is none."""
+    if config.channels != 1 or config.distorter != config.encoder:
+        return None
+    for number, (name, side) in enumerate(SHAPES):
+        preset = PRESETS[name]
+        widths = (config.latent, config.encoder, config.decoder)
+        if widths == (preset["latent"], preset["encoder"], preset["decoder"]) and (
+            config.image_size == (side, side)
+        ):
+            return number
+    return None
+
+
+def sizes(config: ModelConfig) -> Sizes:
+    """The scratch that a patch of this model takes."""
+    height, width = config.map_sizes()[2]
+    return Sizes(2 * height * width * max(config.encoder[1], config.decoder[2]), config.latent)
+
+
+def fragments(matrix: Tensor) -> Tensor:
+    """(terms, outputs), padded with zeros -> (steps * tiles, 32, 4), each lane's values of B.
+
+    Lane 4 * n + t of a fragment holds terms 2t, 2t + 1, 2t + 8, 2t + 9 of output n.
+    """
+    terms, outputs = matrix.shape
+    padded = nn.functional.pad(matrix, (0, -outputs % OUTPUTS, 0, -terms % TERMS))
+    # step, half, quad, pair, tile, output -> step, tile, output, quad, half, pair.
+    cut = padded.reshape(-1, 2, 4, 2, padded.shape[1] // OUTPUTS, OUTPUTS)
+    return cut.permute(0, 4, 5, 2, 1, 3).reshape(-1, 32, 4)
+
+
+def pack_fused(model: ALPS) -> PackedWeights:
+    """Packs a model; batch norm is folded in float64, then weights round once to bf16.
+
+    Args:
+        model: of a shape that `shape_number` knows; without a distorter, its place holds zeros.
+
+    Returns:
+        weights and biases on the CPU.
+    """
+    network = copy.deepcopy(model).eval().requires_grad_(False).to("cpu", torch.float64)
+    fold_batch_norm(network)
+    encoder = _convolutions(network.encoder)
+    if network.distorter is None:
+        distorter = [(torch.zeros_like(w), torch.zeros_like(b)) for w, b in encoder]
+    else:
+        distorter = _convolutions(network.distorter.encoder)
+    pairs = list(zip(encoder, distorter, strict=True))
+    first = pairs[0]
+    matrices: list[Tensor] = []
+    biases: list[Tensor] = []
+    # The kernels read pixels in gray levels, which bf16 holds exactly.
+    matrices.append(torch.cat([_terms(weight) for weight, _ in first], 1) / 255)
+    biases += [bias for _, bias in first]
+    # The last layer's pixels are summed, not averaged.
+    pixels = [1, 1, network.config.map_sizes()[4][0] * network.config.map_sizes()[4][1]]
+    for layers, count in zip(pairs[1:], pixels, strict=True):
+        matrices += [_terms(weight) / count for weight, _ in layers]
+        biases += [bias for _, bias in layers]
+    decoder = network.decoder
+    start, cells = decoder.start[0], decoder.start[1] * decoder.start[2]
+    # From (channel, pixel), the order of its outputs, to (pixel, channel).
+    dense, bias = (
+        value.unflatten(0, (start, cells)).transpose(0, 1).flatten(0, 1)
+        for value in (decoder.dense.weight, decoder.dense.bias)
+    )
+    matrices.append(dense.T)
+    biases.append(bias)
+    for layer in decoder.layers:
+        if isinstance(layer, nn.ConvTranspose2d):
+            weight = layer.weight.transpose(0, 1)
+            # With stride 1 it is a convolution by the mirrored kernel.
+            matrices.append(_terms(weight.flip(2, 3) if layer.stride == (1, 1) else weight))
+            biases.append(_bias(layer))
+    biases.append(torch.zeros(-biases[-1].numel() % OUTPUTS, dtype=torch.float64))
+    weights = torch.cat([fragments(matrix) for matrix in matrices])
+    return PackedWeights(weights.to(torch.bfloat16).contiguous(), torch.cat(biases).float())
+
+
+def _convolutions(encoder: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    layers = [layer for layer in encoder.modules() if isinstance(layer, nn.Conv2d)]
+    return [(layer.weight, _bias(layer)) for layer in layers]
+
+
+def _bias(layer: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
+    return layer.weight.new_zeros(layer.out_channels) if layer.bias is None else layer.bias
+
+
+def _terms(weight: Tensor) -> Tensor:
+    """(out, in, height, width) -> (height * width * in, out)."""
+    return weight.permute(2, 3, 1, 0).flatten(0, 2)

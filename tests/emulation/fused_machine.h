@@ -1,0 +1,315 @@
+// The device of csrc/cuda/fused_machine.cuh on a host: kernels run unchanged, thread by thread.
+//
+// Every thread of a block is a fiber. A warp's lanes run one after the other up to the next
+// instruction of the whole warp (mma, ldmatrix, shuffle), which is then done for all of them from
+// its definition in the PTX ISA; a warp runs up to the next barrier before the next warp starts.
+// What a kernel may not do ends the run with a message: lanes that meet different instructions, a
+// barrier that some threads miss, an unaligned or foreign address, a write outside shared memory.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <csetjmp>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#define FASTALPS_DEVICE inline
+
+struct uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
+namespace fastalps::cuda::fused {
+
+struct Operand {
+  uint32_t word[4];
+};
+
+}  // namespace fastalps::cuda::fused
+
+namespace emulation {
+
+using fastalps::cuda::fused::Operand;
+
+enum class State { kReady, kMultiply, kLoad, kShuffle, kBarrier, kDone };
+
+struct Thread {
+  State state = State::kReady;
+  bool started = false;
+  std::jmp_buf resume;
+  ucontext_t context;
+  // Operands and results of the instruction that it waits for.
+  float* sums;
+  const Operand* a;
+  uint2 b;
+  const unsigned char* address;
+  Operand loaded;
+  float value;
+  int distance;
+};
+
+struct Counts {
+  int64_t multiplies = 0, loads = 0, load_cycles = 0;
+};
+
+inline float widen(uint32_t half) {
+  const uint32_t bits = half << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint32_t narrow(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (std::isnan(value)) return 0x7fff;
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+class Machine {
+ public:
+  static constexpr int kThreads = 256, kStack = 1 << 16, kGuard = 4096;
+  static constexpr unsigned char kPoison = 0xff;  // NaN as bf16 and as float32.
+
+  int thread = 0, block = 0, blocks = 1;
+  Counts counts;
+
+  explicit Machine(bool descending) : descending_(descending), stacks_(kThreads * kStack) {}
+
+  // Runs one block; the empty string where nothing was wrong.
+  std::string run(int block_number, int block_total, int shared_bytes,
+                  const std::function<void(unsigned char*)>& kernel) {
+    block = block_number;
+    blocks = block_total;
+    shared_bytes_ = shared_bytes;
+    memory_.assign(shared_bytes + 2 * kGuard + 16, kPoison);
+    shared_ = memory_.data() + kGuard;
+    shared_ += (16 - reinterpret_cast<uintptr_t>(shared_) % 16) % 16;
+    kernel_ = &kernel;
+    error_.clear();
+    threads_ = std::vector<Thread>(kThreads);
+    while (error_.empty()) {
+      int done = 0, waiting = 0;
+      for (int i = 0; i < kThreads / 32 && error_.empty(); ++i) {
+        const int warp = descending_ ? kThreads / 32 - 1 - i : i;
+        const State state = run_warp(warp);
+        ++(state == State::kDone ? done : waiting);
+      }
+      if (done == kThreads / 32) break;
+      if (done > 0 && error_.empty()) error_ = "some warps ended, others wait at a barrier";
+      for (Thread& each : threads_) each.state = State::kReady;
+    }
+    for (const unsigned char* p = memory_.data(); p < memory_.data() + memory_.size(); ++p) {
+      const bool inside = p >= shared_ && p < shared_ + shared_bytes_;
+      if (!inside && *p != kPoison && error_.empty()) error_ = "a write outside shared memory";
+    }
+    return error_;
+  }
+
+  Thread& self() { return threads_[thread]; }
+
+  void wait(State state) {
+    self().state = state;
+    if (_setjmp(self().resume) == 0) _longjmp(scheduler_, 1);
+  }
+
+ private:
+  static void enter() { current->body(); }
+
+  void body() {
+    (*kernel_)(shared_);
+    self().state = State::kDone;
+    _longjmp(scheduler_, 1);
+  }
+
+  void resume(int number) {
+    thread = number;
+    Thread& mine = threads_[number];
+    current = this;
+    if (_setjmp(scheduler_) != 0) return;
+    if (mine.started) _longjmp(mine.resume, 1);
+    mine.started = true;
+    getcontext(&mine.context);
+    mine.context.uc_stack.ss_sp = stacks_.data() + static_cast<size_t>(number) * kStack;
+    mine.context.uc_stack.ss_size = kStack;
+    mine.context.uc_link = nullptr;
+    makecontext(&mine.context, &Machine::enter, 0);
+    setcontext(&mine.context);
+  }
+
+  State run_warp(int warp) {
+    Thread* const lanes = threads_.data() + warp * 32;
+    while (true) {
+      for (int lane = 0; lane < 32; ++lane) {
+        if (lanes[lane].state == State::kReady) resume(warp * 32 + lane);
+      }
+      const State state = lanes[0].state;
+      for (int lane = 1; lane < 32; ++lane) {
+        if (lanes[lane].state != state) error_ = "lanes of a warp meet different instructions";
+      }
+      if (!error_.empty() || state == State::kBarrier || state == State::kDone) return state;
+      if (state == State::kMultiply) multiply(lanes);
+      if (state == State::kLoad) load(lanes);
+      if (state == State::kShuffle) shuffle(lanes);
+      if (!error_.empty()) return state;
+      for (int lane = 0; lane < 32; ++lane) lanes[lane].state = State::kReady;
+    }
+  }
+
+  // PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type", bf16:
+  // A: row = groupID for a_i of 0 <= i < 2 or 4 <= i < 6, else groupID + 8;
+  //    column = threadID_in_group * 2 + (i & 1), and + 8 for i >= 4.
+  // B: row = threadID_in_group * 2 + (i & 1), and + 8 for i >= 2; column = groupID.
+  // C: row = groupID for i < 2, else groupID + 8; column = threadID_in_group * 2 + (i & 1).
+  void multiply(Thread* lanes) {
+    ++counts.multiplies;
+    float a[16][16], b[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int group_id = lane >> 2, thread_in_group = lane % 4;
+      for (int i = 0; i < 8; ++i) {
+        const bool upper = i < 2 || (i >= 4 && i < 6);
+        const int row = upper ? group_id : group_id + 8;
+        const int column = thread_in_group * 2 + (i & 1) + (i >= 4 ? 8 : 0);
+        a[row][column] = widen(lanes[lane].a->word[i / 2] >> 16 * (i & 1) & 0xffff);
+      }
+      for (int i = 0; i < 4; ++i) {
+        const int row = thread_in_group * 2 + (i & 1) + (i >= 2 ? 8 : 0);
+        const uint32_t word = i < 2 ? lanes[lane].b.x : lanes[lane].b.y;
+        b[row][group_id] = widen(word >> 16 * (i & 1) & 0xffff);
+      }
+    }
+    double c[16][8] = {};
+    for (int row = 0; row < 16; ++row) {
+      for (int k = 0; k < 16; ++k) {
+        for (int column = 0; column < 8; ++column) {
+          c[row][column] += static_cast<double>(a[row][k]) * b[k][column];
+        }
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        const int row = (lane >> 2) + (i < 2 ? 0 : 8), column = lane % 4 * 2 + (i & 1);
+        float& sum = lanes[lane].sums[i];
+        sum = static_cast<float>(sum + c[row][column]);
+      }
+    }
+  }
+
+  // PTX ISA, ldmatrix .x4: lanes 8j to 8j + 7 give the addresses of the 8 rows of matrix j; lane l
+  // receives of each matrix elements 2 * (l % 4) and the next of row l / 4.
+  void load(Thread* lanes) {
+    ++counts.loads;
+    for (int lane = 0; lane < 32; ++lane) {
+      const unsigned char* address = lanes[lane].address;
+      if (address < shared_ || address + 16 > shared_ + shared_bytes_) {
+        error_ = "ldmatrix outside shared memory";
+        return;
+      }
+      if (reinterpret_cast<uintptr_t>(address) % 16 != 0) {
+        error_ = "ldmatrix at an unaligned address";
+        return;
+      }
+    }
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      // Each 8 rows take a cycle, or as many as rows share the same four banks.
+      int most = 1;
+      for (int row = 0; row < 8; ++row) {
+        int same = 0;
+        const unsigned char* mine = lanes[8 * matrix + row].address;
+        for (int other = 0; other < 8; ++other) {
+          const unsigned char* theirs = lanes[8 * matrix + other].address;
+          bool repeated = false;
+          for (int before = 0; before < other; ++before) {
+            repeated = repeated || lanes[8 * matrix + before].address == theirs;
+          }
+          same += !repeated && (mine - shared_) % 128 == (theirs - shared_) % 128;
+        }
+        most = same > most ? same : most;
+      }
+      counts.load_cycles += most;
+      for (int lane = 0; lane < 32; ++lane) {
+        std::memcpy(&lanes[lane].loaded.word[matrix],
+                    lanes[8 * matrix + lane / 4].address + lane % 4 * 4, 4);
+      }
+    }
+  }
+
+  // PTX ISA, shfl.sync.down: the value of lane + distance, or a lane's own past the end.
+  void shuffle(Thread* lanes) {
+    float values[32];
+    for (int lane = 0; lane < 32; ++lane) values[lane] = lanes[lane].value;
+    for (int lane = 0; lane < 32; ++lane) {
+      const int other = lane + lanes[lane].distance;
+      lanes[lane].value = values[other < 32 ? other : lane];
+    }
+  }
+
+ public:
+  static inline Machine* current = nullptr;
+
+ private:
+  bool descending_;
+  std::vector<unsigned char> stacks_, memory_;
+  unsigned char* shared_ = nullptr;
+  int shared_bytes_ = 0;
+  const std::function<void(unsigned char*)>* kernel_ = nullptr;
+  std::vector<Thread> threads_;
+  std::jmp_buf scheduler_;
+  std::string error_;
+};
+
+}  // namespace emulation
+
+namespace fastalps::cuda::fused {
+
+inline int thread_index() { return emulation::Machine::current->thread; }
+inline int block_index() { return emulation::Machine::current->block; }
+inline int block_count() { return emulation::Machine::current->blocks; }
+inline void barrier() { emulation::Machine::current->wait(emulation::State::kBarrier); }
+
+inline Operand load_operand(const unsigned char* chunk) {
+  emulation::Machine* const machine = emulation::Machine::current;
+  machine->self().address = chunk;
+  machine->wait(emulation::State::kLoad);
+  return machine->self().loaded;
+}
+
+inline void multiply_add(float (&sums)[4], const Operand& a, uint2 b) {
+  emulation::Machine* const machine = emulation::Machine::current;
+  emulation::Thread& self = machine->self();
+  self.sums = sums;
+  self.a = &a;
+  self.b = b;
+  machine->wait(emulation::State::kMultiply);
+}
+
+inline uint32_t round_pair(float first, float second) {
+  return emulation::narrow(first) | emulation::narrow(second) << 16;
+}
+
+template <typename T>
+T read_only(const T* place) {
+  return *place;
+}
+
+inline float exponential(float value) { return std::exp(value); }
+inline float hyperbolic_tangent(float value) { return std::tanh(value); }
+inline float inverse_root(float value) { return 1.0f / std::sqrt(value); }
+
+inline float shuffle_down(float value, int distance) {
+  emulation::Machine* const machine = emulation::Machine::current;
+  machine->self().value = value;
+  machine->self().distance = distance;
+  machine->wait(emulation::State::kShuffle);
+  return machine->self().value;
+}
+
+}  // namespace fastalps::cuda::fused

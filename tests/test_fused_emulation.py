@@ -1,0 +1,327 @@
+"""The fused CUDA kernels emulated lane by lane: every index proved against PyTorch on a CPU.
+
+The host compiles the kernels' own source (tests/emulation/); mma, ldmatrix and barriers do what the
+PTX ISA says. The reference is the model in float64 that rounds to bf16 where the kernels do.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastalps import ALPS, ops
+from fastalps.fused_packing import SHAPES, pack_fused, shape_number, sizes
+from fastalps.inference import fold_batch_norm
+from fastalps.testing import SCORE_ERROR
+from tests import fused_emulator
+from tests.fused_emulator import Emulation
+
+NAMES = [f"{preset}-{size}" for preset, size in SHAPES]
+SMALL = SHAPES.index(("fast", 28))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    built = fused_emulator.build(tmp_path_factory.mktemp("emulation"))
+    if isinstance(built, str):
+        pytest.skip(built)
+    return built
+
+
+def make_model(shape: int, rng: torch.Generator, **options) -> ALPS:
+    """A random network whose batch norms do something and whose logits spread."""
+    preset, size = SHAPES[shape]
+    model = ALPS(size, 1, preset, **options).eval()
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            fan = module.weight[0].numel()
+            if isinstance(module, nn.ConvTranspose2d):
+                fan = module.in_channels * 9 // module.stride[0] ** 2
+            draw = torch.randn(module.weight.shape, generator=rng)
+            module.weight.data = draw * (1.6 / fan**0.5)
+            if module.bias is not None:
+                module.bias.data = 0.1 * torch.randn(module.bias.shape, generator=rng)
+        elif isinstance(module, nn.BatchNorm2d):
+            for name, low, high in (
+                ("running_mean", -0.2, 0.2),
+                ("running_var", 0.5, 1.5),
+                ("weight", 0.7, 1.3),
+                ("bias", -0.2, 0.2),
+            ):
+                tensor = getattr(module, name)
+                tensor.data = low + (high - low) * torch.rand(tensor.shape, generator=rng)
+    return model
+
+
+def rounded(values: Tensor) -> Tensor:
+    return values.to(torch.bfloat16).double()
+
+
+class Reference:
+    """The model's stages in float64, rounded to bf16 where the kernels round."""
+
+    def __init__(self, model: ALPS) -> None:
+        self.config = model.config
+        self.network = copy.deepcopy(model).double().eval().requires_grad_(False)
+        fold_batch_norm(self.network)
+
+    def _hidden(self, values: Tensor) -> Tensor:
+        return rounded(F.leaky_relu(values, self.config.negative_slope))
+
+    def _encoders(self) -> list[list[nn.Conv2d]]:
+        networks = [self.network.encoder, self.network.distorter]
+        return [
+            [layer for layer in each.modules() if isinstance(layer, nn.Conv2d)]
+            for each in networks
+            if each is not None
+        ]
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(N, 1, H, W) in [0, 1] -> (N, networks, channels, height, width)."""
+        levels = rounded(images * 255)
+        found = []
+        for first, second, *_ in self._encoders():
+            weight = rounded(first.weight / 255)
+            hidden = self._hidden(F.conv2d(levels, weight, first.bias, 2, 1))
+            hidden = F.conv2d(hidden, rounded(second.weight), second.bias, 2, 1)
+            found.append(self._hidden(hidden))
+        return torch.stack(found, 1)
+
+    def latents(self, maps: Tensor) -> Tensor:
+        """-> (N, 2, latent): normal and perturbed."""
+        found = []
+        for layers, values in zip(self._encoders(), maps.unbind(1), strict=False):
+            third, fourth = layers[2:]
+            hidden = self._hidden(F.conv2d(values, rounded(third.weight), third.bias, 2, 1))
+            hidden = F.conv2d(hidden, rounded(fourth.weight), fourth.bias, 2, 1)
+            found.append(hidden.mean((2, 3)))
+        latent, perturbation = found
+        if self.config.bound == "tanh":
+            perturbation = perturbation.tanh()
+        elif self.config.bound == "norm":
+            perturbation /= (perturbation.square().mean(1, keepdim=True) + 1e-12).sqrt()
+        both = torch.stack([latent, latent + self.config.strength * perturbation], 1)
+        return rounded(both)
+
+    def _transposed(self) -> list[nn.ConvTranspose2d]:
+        layers = self.network.decoder.layers
+        return [layer for layer in layers if isinstance(layer, nn.ConvTranspose2d)]
+
+    def _apply(self, layer: nn.ConvTranspose2d, values: Tensor) -> Tensor:
+        return F.conv_transpose2d(
+            values, rounded(layer.weight), layer.bias, layer.stride, 1, layer.output_padding
+        )
+
+    def expand(self, latents: Tensor) -> Tensor:
+        """(rows, latent) -> (rows, channels, height, width)."""
+        decoder = self.network.decoder
+        values = F.linear(latents, rounded(decoder.dense.weight), decoder.dense.bias)
+        values = self._hidden(values.unflatten(1, decoder.start))
+        for layer in self._transposed()[:2]:
+            values = self._hidden(self._apply(layer, values))
+        return values
+
+    def decode(self, maps: Tensor) -> Tensor:
+        """-> (rows, 1, H, W) in [0, 1]."""
+        *hidden, last = self._transposed()[2:]
+        for layer in hidden:
+            maps = self._hidden(self._apply(layer, maps))
+        return self._apply(last, maps).sigmoid()
+
+    def errors(self, images: Tensor) -> Tensor:
+        """-> (2, N): normal and perturbed."""
+        latents = self.latents(self.encode(images))
+        both = self.decode(self.expand(latents.flatten(0, 1))).unflatten(0, (-1, 2))
+        return (both - images[:, None]).square().mean((2, 3, 4)).T
+
+
+def channels_last(maps: Tensor) -> Tensor:
+    """(..., channels, height, width) -> the kernels' order, pixels, then channels."""
+    return maps.flatten(-2).transpose(-1, -2)
+
+
+def assert_same_bf16(found: Tensor, expected: Tensor) -> None:
+    """Equal but for a last bit here and there: sums in another order round the other way."""
+    found = found.double()
+    assert found.shape == expected.shape
+    assert not found.isnan().any()
+    difference = (found - expected).abs()
+    # One unit of bf16's 8 bits, and what one such unit in the layer before leaves in a sum.
+    assert (difference <= 2.0**-7 * expected.abs() + 4e-3).all(), difference.max()
+    assert (difference > 1e-5).double().mean() < 0.03
+
+
+def frames_of(shape: int, rng: torch.Generator, count: int = 1) -> Tensor:
+    """uint8 frames whose patches do not divide them: 3 x 2 patches each, the last moved back."""
+    size = SHAPES[shape][1]
+    return torch.randint(0, 256, (count, size + 11, size + 5), dtype=torch.uint8, generator=rng)
+
+
+def patches_of(frames: Tensor, size: int, stride: tuple[int, int]) -> Tensor:
+    return ops.tile_patches(frames, size, stride, dtype=torch.float64, scale=1 / 255).flatten(0, 1)
+
+
+STRIDE = (7, 9)
+
+
+@pytest.mark.parametrize("shape", range(len(SHAPES)), ids=NAMES)
+def test_sizes(library, shape):
+    preset, size = SHAPES[shape]
+    model = ALPS(size, 1, preset)
+    assert shape_number(model.config) == shape
+    found = (ctypes.c_int64 * 8)()
+    assert library.fused_sizes(ctypes.c_int64(shape), found)
+    packed = pack_fused(model)
+    assert tuple(packed.weights.shape) == (found[0], 32, 4)
+    assert tuple(packed.biases.shape) == (found[1],)
+    assert tuple(found[2:4]) == sizes(model.config)
+    assert max(found[4:8]) <= 163 * 1024
+
+
+@pytest.mark.parametrize("shape", range(len(SHAPES)), ids=NAMES)
+def test_each_kernel(library, shape, rng):
+    """Each kernel alone, on what the reference has before it, in both orders of warps."""
+    model = make_model(shape, rng, bound="tanh", strength=0.7)
+    size = model.config.image_size[0]
+    frames = frames_of(shape, rng)
+    reference, images = Reference(model), patches_of(frames, size, STRIDE)
+    emulation = Emulation(library, model, pack_fused(model), frames, STRIDE, blocks=3)
+    count = len(images)
+
+    maps = reference.encode(images)
+    emulation.run("encode")
+    found = emulation.maps.flatten()[: maps.numel()].reshape(channels_last(maps).shape)
+    assert_same_bf16(found, channels_last(maps))
+
+    found.copy_(channels_last(maps))
+    latents = reference.latents(maps)
+    emulation.run("latent")
+    assert_same_bf16(emulation.latents, latents)
+
+    emulation.latents.copy_(latents)
+    expanded = reference.expand(latents.flatten(0, 1))
+    emulation.maps.fill_(torch.nan)
+    emulation.run("expand")
+    found = emulation.maps.flatten()[: expanded.numel()].reshape(channels_last(expanded).shape)
+    assert_same_bf16(found, channels_last(expanded))
+
+    found.copy_(channels_last(expanded))
+    both = reference.decode(expanded).unflatten(0, (count, 2))
+    expected = (both - images[:, None]).square().mean((2, 3, 4)).T
+    emulation.run("decode")
+    torch.testing.assert_close(emulation.errors.double(), expected, rtol=2e-4, atol=1e-7)
+
+    again = Emulation(library, model, emulation.packed, frames, STRIDE, blocks=2, descending=True)
+    first = Emulation(library, model, emulation.packed, frames, STRIDE, blocks=1)
+    # Warps in the other order and other grids: a missing barrier would change the bits.
+    assert torch.equal(again.run_all(), first.run_all())
+    torch.testing.assert_close(
+        first.errors.double(), reference.errors(images), rtol=2e-3, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("bound", ["none", "tanh", "norm"])
+@pytest.mark.parametrize("passes", ["normal", "perturbed", "both"])
+def test_passes_and_bounds(library, bound, passes, rng):
+    model = make_model(SMALL, rng, bound=bound, strength=0.5)
+    frames = frames_of(SMALL, rng)
+    images = patches_of(frames, 28, STRIDE)
+    found = Emulation(library, model, pack_fused(model), frames, STRIDE, passes).run_all()
+    expected = Reference(model).errors(images)
+    rows = {"normal": [0], "perturbed": [1], "both": [0, 1]}[passes]
+    torch.testing.assert_close(found.double(), expected[rows], rtol=2e-3, atol=1e-6)
+    exact = model.double().score(images)
+    error = (found.double() - torch.stack(exact[:2])[rows]).abs() / torch.stack(exact[:2])[rows]
+    assert error.max() <= SCORE_ERROR[torch.bfloat16]
+
+
+def test_inputs(library, rng):
+    """Floats, other strides, no patch grid, many patches in uneven chunks, empty tiles."""
+    model = make_model(SMALL, rng)
+    packed, reference = pack_fused(model), Reference(model)
+    frames = frames_of(SMALL, rng, 5)
+    expected = reference.errors(patches_of(frames, 28, STRIDE))
+    wide = torch.zeros(5, *frames.shape[1:], 3, dtype=torch.uint8)
+    wide[..., 1] = frames
+    for variant in (
+        frames,
+        frames.float() / 255,
+        wide[..., 1],
+        frames.transpose(1, 2).contiguous().transpose(1, 2),
+    ):
+        run = Emulation(library, model, packed, variant, STRIDE, chunk=9, blocks=2)
+        torch.testing.assert_close(run.run_all().double(), expected, rtol=2e-3, atol=1e-6)
+    images = patches_of(frames[:1], 28, STRIDE)[:3, 0].float()
+    run = Emulation(library, model, packed, images, (28, 28))
+    torch.testing.assert_close(run.run_all().double(), expected[:, :3], rtol=2e-3, atol=1e-6)
+
+
+def test_active_patches(library, rng):
+    """Only listed patches are scored, at their places; the list's length is read on the device."""
+    model = make_model(SMALL, rng)
+    frames = frames_of(SMALL, rng, 5)
+    expected = Reference(model).errors(patches_of(frames, 28, STRIDE))
+    places = torch.randperm(30, generator=rng)[:11].sort().values
+    index = torch.stack([places // 6, places % 6], 1)
+    run = Emulation(
+        library, model, pack_fused(model), frames, STRIDE, index=index, chunk=6, blocks=2
+    )
+    found = run.run_all()
+    torch.testing.assert_close(found[:, places].double(), expected[:, places], rtol=2e-3, atol=1e-6)
+    found[:, places] = torch.nan
+    assert found.isnan().all()
+
+
+@pytest.mark.parametrize("layer", ["encoder.layers.3", "decoder.layers.11"])
+def test_notices_a_wrong_tap(library, layer, rng):
+    """The comparison is no formality: a kernel mirrored left to right does not pass it."""
+    model = make_model(SMALL, rng)
+    frames = frames_of(SMALL, rng)
+    images = patches_of(frames, 28, STRIDE)
+    wrong = copy.deepcopy(model)
+    weight = wrong.get_submodule(layer).weight
+    weight.data = weight.data.flip(3)
+    run = Emulation(library, model, pack_fused(wrong), frames, STRIDE)
+    expected = Reference(model).errors(images)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(run.run_all().double(), expected, rtol=2e-3, atol=1e-6)
+
+
+MUTATIONS = {
+    # A transposed convolution whose odd rows take the tap of the next input from this one.
+    "fused_index.h": ("return tap == 0 ? 1 : 0;", "return tap == 2 ? 1 : 0;"),
+    # The second layer of E starts before the first is complete.
+    "fused_encoder.cuh": (
+        "    barrier();\n\n    constexpr int kColumns = S::kSecond",
+        "\n\n    constexpr int kColumns = S::kSecond",
+    ),
+}
+
+
+@pytest.mark.parametrize("header", MUTATIONS)
+def test_notices_a_broken_kernel(header, rng, tmp_path: Path):
+    old, new = MUTATIONS[header]
+    for source in (fused_emulator.ROOT / "csrc/cuda").glob("fused_*"):
+        text = source.read_text(encoding="utf-8")
+        if source.name == header:
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        (tmp_path / source.name).write_text(text, encoding="utf-8")
+    built = fused_emulator.build(tmp_path, tmp_path, SMALL)
+    if isinstance(built, str):
+        pytest.skip(built)
+    model = make_model(SMALL, rng)
+    frames = frames_of(SMALL, rng)
+    expected = Reference(model).errors(patches_of(frames, 28, STRIDE))
+    found = [
+        Emulation(built, model, pack_fused(model), frames, STRIDE, descending=order).run_all()
+        for order in (False, True)
+    ]
+    wrong = [not torch.allclose(errors.double(), expected, rtol=2e-3) for errors in found]
+    assert any(wrong)
