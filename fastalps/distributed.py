@@ -1,15 +1,15 @@
-"""Several processes on one training: torchrun's environment, gradients, batch statistics.
+"""Several processes on one task: torchrun's environment, gradients, batch statistics, messages.
 
-Every process holds the model and takes its share of each batch; sums over processes make the step
-the one that a single process would take on the whole batch, up to rounding. NCCL on GPUs, gloo on
-CPUs.
+In training every process holds the model and takes its share of each batch; sums over processes
+make the step the one that a single process would take on the whole batch, up to rounding. NCCL on
+GPUs, gloo on CPUs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,13 +19,18 @@ from torch import Tensor, nn
 from fastalps.errors import UserError
 
 
+def starts_first() -> bool:
+    """Whether this is process 0 or alone, by torchrun's environment: also before they joined."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
 def rank() -> int:
     """The number of this process, from 0; 0 when it is alone."""
     return dist.get_rank() if _running() else 0
 
 
 def world_size() -> int:
-    """How many processes train together; 1 when this one is alone."""
+    """How many processes work together; 1 when this one is alone."""
     return dist.get_world_size() if _running() else 1
 
 
@@ -34,11 +39,12 @@ def _running() -> bool:
 
 
 @contextlib.contextmanager
-def launched(device: str = "auto") -> Iterator[str]:
+def launched(device: str = "auto", backend: str | None = None) -> Iterator[str]:
     """Joins the processes that torchrun started, for as long as the context lasts.
 
     Args:
         device: "auto", "cpu" or "cuda"; with several processes each takes the GPU of its number.
+        backend: what carries messages, "gloo" or "nccl"; None = nccl between GPUs, else gloo.
 
     Yields:
         the device of this process. A process that was not started by torchrun, or alone, or that
@@ -73,7 +79,7 @@ def launched(device: str = "auto") -> Iterator[str]:
             )
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
-    dist.init_process_group("nccl" if device != "cpu" else "gloo")
+    dist.init_process_group(backend or ("nccl" if device != "cpu" else "gloo"))
     try:
         yield device
         # Nobody leaves while another still sends.
@@ -133,6 +139,20 @@ def gather_shares(values: Tensor, count: int) -> Tensor | None:
         return None
     lengths = [count * (i + 1) // len(parts) - count * i // len(parts) for i in range(len(parts))]
     return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
+
+
+def scatter(items: Sequence[Any] | None) -> Any:
+    """Process i gets the i-th of process 0's items, one for each; the others give None."""
+    received: list[Any] = [None]
+    dist.scatter_object_list(received, None if items is None else list(items), src=0)
+    return received[0]
+
+
+def gather(item: Any) -> list[Any] | None:
+    """The items of all processes in their order on process 0; None on the others."""
+    items = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(item, items, dst=0)
+    return items
 
 
 class _Sum(torch.autograd.Function):

@@ -17,9 +17,15 @@ USAGE_ERROR = 2
 # As shells count it: 128 plus the number of the signal.
 INTERRUPTED = 130
 
+OUT_OF_MEMORY = "the device has too little memory; lower batch_size"
+
 
 class Interrupted(Exception):
     """Ctrl-C, with what the user should know about the work so far."""
+
+
+class Told(Exception):
+    """The command has failed, and another process of it says why."""
 
 
 def run(name: str, body: Callable[[Sequence[str]], None], arguments: Sequence[str] | None) -> int:
@@ -47,8 +53,10 @@ def run(name: str, body: Callable[[Sequence[str]], None], arguments: Sequence[st
         except (KeyboardInterrupt, Interrupted) as stop:
             _say(name, str(stop) or "stopped")
             return INTERRUPTED
+        except Told:
+            return USAGE_ERROR
         except torch.OutOfMemoryError:
-            return _fail(name, "the device has too little memory; lower batch_size")
+            return _fail(name, OUT_OF_MEMORY)
         except (UserError, ValueError, BackendUnavailable, OSError) as error:
             return _fail(name, str(error) or type(error).__name__)
     return 0

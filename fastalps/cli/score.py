@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 import fastalps
-from fastalps import environment
+from fastalps import distributed, environment
 from fastalps.checkpoint import Calibration
-from fastalps.cli import command, figures, run_folder
+from fastalps.cli import command, figures, run_folder, shared_scoring
 from fastalps.cli.frame_sources import Source
 from fastalps.cli.options import ScoreOptions, make_parser, parse, pick
 from fastalps.cli.score_frames import SUMMARY, TIMELINE, score_source, threshold_of
@@ -33,7 +33,8 @@ USAGE = """fastalps-score RUN INPUT --out DIR [options]
   fastalps-score runs/two new-images --out scored
   fastalps-score runs/ped2 data/UCSDped2/Test/Test001 --out scored --overlays 20
   fastalps-score runs/gate gate.mp4 --out scored
-  fastalps-score runs/gate rtsp://camera/stream --out scored --realtime   (Ctrl-C ends it)"""
+  fastalps-score runs/gate rtsp://camera/stream --out scored --realtime   (Ctrl-C ends it)
+  torchrun --nproc-per-node=4 -m fastalps.cli.score runs/ped2 frames --out scored"""
 
 DESCRIPTION = """Scores new data with a run of fastalps-train.
 
@@ -69,16 +70,33 @@ def score(arguments: Sequence[str]) -> None:
         action="store_true",
         help="write annotated.mp4, too: each frame of a video with heatmap, score and flag",
     )
-    namespace = parse(parser, arguments)
-    options = pick(namespace, ScoreOptions)
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = fastalps.load(run_folder.model_path(namespace.run))
-    calibration = model.calibration
-    if calibration is None:
-        raise UserError(f"{namespace.run}: the model has no threshold; calibrate and save it")
-    scorer = make_scorer(model, calibration, options, device)
+    try:
+        namespace = parse(parser, arguments)
+        options = pick(namespace, ScoreOptions)
+    except UserError as error:
+        if distributed.starts_first():
+            raise
+        raise command.Told from error
+    # Messages are frames and scores, which are on CPUs before and after.
+    with distributed.launched(options.device, "gloo") as device:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if distributed.rank():
+            shared_scoring.follow(lambda: _load(namespace.run, options, device)[0])
+            return
+        with shared_scoring.leading():
+            scorer, calibration = _load(namespace.run, options, device)
+            _score(namespace, options, scorer, calibration)
+
+
+def _load(run: str, options: ScoreOptions, device: str) -> tuple[Scorer, Calibration]:
+    model = fastalps.load(run_folder.model_path(run))
+    if model.calibration is None:
+        raise UserError(f"{run}: the model has no threshold; calibrate and save it")
+    return make_scorer(model, model.calibration, options, device), model.calibration
+
+
+def _score(namespace: Any, options: ScoreOptions, scorer: Scorer, calibration: Calibration) -> None:
     if calibration.level == "image":
         if is_url(namespace.input) or namespace.realtime or namespace.annotated:
             raise UserError(
@@ -126,7 +144,7 @@ def _score_images(
         )
     images, names = read_images(source, size=scorer.image_size, channels=scorer.channels)
     begin = time.perf_counter()
-    scores = scorer.score_images(images)
+    scores = shared_scoring.score_images(scorer, images)
     seconds = time.perf_counter() - begin
     watch = Watch(calibration)
     watch.add(scores)
@@ -148,6 +166,7 @@ def _score_images(
         "images_per_second": round(rate, 2),
         "timed": "scoring only, from decoded pixels to scores; not reading, not drawing",
         "precision": scorer.precision,
+        "processes": distributed.world_size(),
     }
     record = environment.result_record(
         "score, level image", facts | watch.facts(), seed=None, input=source.name
@@ -155,7 +174,7 @@ def _score_images(
     run_folder.write_metrics(folder / SUMMARY, record)
     print(
         f"{len(scores)} images, {int(flagged.sum())} flagged; scored at {rate:,.1f} images/s "
-        f"({scorer.precision}; decoding and drawing not counted)"
+        f"({scorer.precision}{shared_scoring.processes_text()}; decoding and drawing not counted)"
     )
     print(meaning)
     text = watch.text()

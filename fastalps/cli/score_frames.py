@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fastalps import environment
+from fastalps import distributed, environment
 from fastalps.calibration import level_scores
 from fastalps.checkpoint import SCORE_MEANING, Calibration
-from fastalps.cli import command, figures, run_folder
+from fastalps.cli import command, figures, run_folder, shared_scoring
 from fastalps.cli.annotate import ANNOTATED, AnnotatedVideo
 from fastalps.cli.frame_sources import Chunk, Source
 from fastalps.cli.options import ScoreOptions
@@ -72,6 +74,9 @@ def score_source(
     except KeyboardInterrupt:
         if not run.summary.frames:
             raise
+        if distributed.world_size() > 1:
+            # torchrun passes on what the terminal has sent to all: once is enough.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         problem = command.Interrupted(f"stopped after {run.summary.frames} frames")
         complete = source.live
     finally:
@@ -119,7 +124,8 @@ class FrameRun:
         self.counts = _Counts()
         times = () if source.video is None else ("time",)
         self.files = ScoreFiles(folder, ("frame", *times, "score", "flagged"))
-        self._chunk: Chunk | None = None
+        # Read, and not yet scored.
+        self._chunks: deque[Chunk] = deque()
         self._waited = 0.0
 
     def score_all(self) -> None:
@@ -129,24 +135,24 @@ class FrameRun:
         if gate is not None:
             self.scorer.gate = MotionGate(gate.threshold, self.source.background(moving))
         begin = time.perf_counter()
-        for result in self.scorer.score_frames(self._pixels(moving)):
+        for result in shared_scoring.score_frames(self.scorer, self._pixels(moving)):
             self.counts.seconds += time.perf_counter() - begin - self._waited
-            assert self._chunk is not None
-            self._take(self._chunk, result)
+            self._take(self._chunks.popleft(), result)
             begin, self._waited = time.perf_counter(), 0.0
         self.watch.finish()
 
     def _pixels(self, moving: bool) -> Iterator[Tensor]:
-        """What the scorer sees of each chunk, which `_chunk` then is."""
+        """What the scorer sees of each chunk, the last of `_chunks` then."""
         before: Tensor | None = None
         chunks = iter(self.source)
         while True:
             begin = time.perf_counter()
-            self._chunk = next(chunks, None)
+            chunk = next(chunks, None)
             self._waited += time.perf_counter() - begin
-            if self._chunk is None:
+            if chunk is None:
                 return
-            frames = self._chunk.frames
+            self._chunks.append(chunk)
+            frames = chunk.frames
             yield motion_frames(frames, before) if moving else frames
             before = frames[-1].clone()
 
@@ -251,6 +257,7 @@ class FrameRun:
             "timed": "scoring only, from decoded pixels to scores; not reading, not drawing",
             "frames_per_second_overall": round(summary.frames / wall_seconds, 2),
             "precision": self.scorer.precision,
+            "processes": distributed.world_size(),
             "patches": counts.patches,
             "patches_past_the_motion_gate": counts.kept,
         }
@@ -270,8 +277,8 @@ class FrameRun:
         rate = summary.frames / counts.seconds if counts.seconds else 0.0
         print(
             f"{summary.frames} frames, {summary.flagged} flagged; scored at {rate:,.1f} frames/s "
-            f"({self.scorer.precision}; decoding and drawing not counted), "
-            f"{summary.frames / wall_seconds:,.1f} frames/s overall"
+            f"({self.scorer.precision}{shared_scoring.processes_text()}; decoding and drawing not "
+            f"counted), {summary.frames / wall_seconds:,.1f} frames/s overall"
         )
         if counts.patches:
             share = 100 * counts.kept / counts.patches
