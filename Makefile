@@ -51,7 +51,8 @@ sanitize: setup
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) \
 	  $$($${CXX:-c++} -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  FASTALPS_TEST_LIBRARY=build/sanitized/fastalps/lib OMP_NUM_THREADS=2 \
-	  $(BIN)/python -m pytest -q -s -p no:cacheprovider tests/test_engine.py -k "$(SANITIZED)"
+	  $(BIN)/python -m pytest -q -s -p no:cacheprovider tests/test_engine.py \
+	  tests/test_quantization.py -k "$(SANITIZED)"
 
 # The wheel is built from the sdist: what the sdist lacks, fails here.
 wheel: setup

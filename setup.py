@@ -36,13 +36,14 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # The oldest torch that the libraries load under.
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+AVX512 += ["-mprefer-vector-width=512"]
 INSTRUCTION_SETS = {
     "kernels_default": [],
     "kernels_avx2": ["-mavx2", "-mfma"],
-    "kernels_avx512": [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
-        "-mprefer-vector-width=512",
-    ],
+    "kernels_avx512": AVX512,
+    "engine_avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "engine_avx512_vnni": [*AVX512, "-mavx512vnni"],
 }
 
 

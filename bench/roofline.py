@@ -27,10 +27,12 @@ from bench.command_line import Parser, guarded
 from bench.harness import Settings
 from fastalps import backends
 from fastalps.engine import Engine
+from fastalps.engine.narrow import activation_ranges
 from fastalps.environment import result_record
 from fastalps.errors import UserError
 from fastalps.files import write_json
 from fastalps.models import PRESETS
+from fastalps.quantization import NARROW
 
 PATCHES = 96
 BLOCK_VECTORS = 3  # as csrc/cpu/engine.h
@@ -60,7 +62,12 @@ def _preset(preset: str, rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model = fastalps.ALPS(30, preset=preset).eval()
     patches = torch.rand(PATCHES, 1, 30, 30)
+    ranges = activation_ranges(model, patches)
     engines = {"direct": Engine(model, minimal=False), "minimal": Engine(model)}
+    for precision, instructions in NARROW.items():
+        # Without them the name says that other instructions stand in.
+        name = precision if instructions in backends.dot_products() else f"{precision}, emulated"
+        engines[name] = Engine(model, precision=precision, ranges=ranges)
     settings = Settings("quick", "cpu", 1)
     candidates: dict[str, Callable[[], Any]] = {
         name: lambda engine=engine: engine.errors(patches, "both")
@@ -78,26 +85,34 @@ def _preset(preset: str, rounds: int) -> dict[str, Any]:
     square = torch.rand(1024, 1024)
     large, other = torch.rand(1 << 24), torch.rand(1 << 24)
     candidates["sgemm"] = lambda: square @ square
+    half, byte = square.bfloat16(), (square * 127).to(torch.int8)
+    if "avx512_bf16" in backends.dot_products():
+        candidates["bf16 product"] = lambda: half @ half
+    if "avx512_vnni" in backends.dot_products():
+        candidates["int8 product"] = lambda: torch._int_mm(byte, byte)
     candidates["copy"] = lambda: other.copy_(large)
     with torch.inference_mode():
         seconds = _measure(candidates, rounds)
     block = LANES[backends.cpu_kernels()] * BLOCK_VECTORS
     rows: dict[str, Any] = {}
-    for name in seconds.keys() - {"sgemm", "copy", "minimal, normal only"}:
+    products = {name for name in seconds if name == "sgemm" or name.endswith(" product")}
+    for name in seconds.keys() - products - {"copy", "minimal, normal only"}:
         rate = PATCHES / seconds[name]
         rows[name] = {"patches_per_second": rate, "useful_gflops": rate * model.flops() / 1e9}
         if name in engines:
-            bytes_read = engines[name].weights.numel() * 4 / block + patches[0].numel() * 4
+            bytes_read = engines[name].weight_bytes / block + patches[0].numel() * 4
             rows[name] |= {
                 "executed_gflops": rate * engines[name].flop / 1e9,
+                "peak": next((p for p in products if p.split()[0] == name), "sgemm"),
                 "flop_executed": engines[name].flop,
                 "flop_per_byte": engines[name].flop / bytes_read,
-                "weight_bytes": engines[name].weights.numel() * 4,
+                "weight_bytes": engines[name].weight_bytes,
             }
     rows["minimal"]["normal_only_speedup"] = seconds["minimal"] / seconds["minimal, normal only"]
     return {
         "flop_useful": model.flops(),
         "sgemm_gflops": 2 * 1024**3 / seconds["sgemm"] / 1e9,
+        "product_gflops": {name: 2 * 1024**3 / seconds[name] / 1e9 for name in sorted(products)},
         "copy_gb_per_second": 2 * 4 * large.numel() / seconds["copy"] / 1e9,
         "candidates": rows,
     }
@@ -113,11 +128,12 @@ def _print(preset: str, result: dict[str, Any]) -> None:
     for name, row in sorted(
         result["candidates"].items(), key=lambda item: -item[1]["patches_per_second"]
     ):
-        text = f"  {name:<13}{row['patches_per_second']:7.0f} patches/s"
+        text = f"  {name:<15}{row['patches_per_second']:7.0f} patches/s"
         text += f"{first / row['patches_per_second']:7.2f}x   useful {row['useful_gflops']:5.1f}"
         if "executed_gflops" in row:
-            share = row["executed_gflops"] / peak
-            text += f", executed {row['executed_gflops']:5.1f} GFLOP/s = {share:.0%} of sgemm"
+            name = row["peak"]
+            share = row["executed_gflops"] / result["product_gflops"][name]
+            text += f", executed {row['executed_gflops']:5.1f} GFLOP/s = {share:.0%} of {name}"
             text += f", {row['flop_executed'] / 1e6:.1f} MFLOP"
         print(text, flush=True)
 

@@ -302,7 +302,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastalps, CPU, m) {
   m.impl("active_patches", TORCH_BOX(&fastalps::active_patches));
 }
 
-// Which instruction set runs, for reports: called by ctypes.
+// Which instruction set runs, and which of the engine's own, for reports: called by ctypes.
 extern "C" __attribute__((visibility("default"))) const char* fastalps_cpu_capability() {
-  return fastalps::kernels().name;
+  return fastalps::kernels_description();
 }

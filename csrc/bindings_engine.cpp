@@ -25,10 +25,14 @@ struct Patches {
   std::vector<int64_t> origins, positions;
 };
 
-void check_engine(const Tensor& plan, const Tensor& weights) {
+EnginePlan read_plan(const Tensor& plan, const Tensor& weights, const Tensor& words) {
   STD_TORCH_CHECK(plan.scalar_type() == ScalarType::Long && plan.is_contiguous() &&
-                      weights.scalar_type() == ScalarType::Float && weights.is_contiguous(),
-                  "engine: expected a contiguous int64 plan and float32 weights");
+                      weights.scalar_type() == ScalarType::Float && weights.is_contiguous() &&
+                      words.scalar_type() == ScalarType::Int && words.is_contiguous(),
+                  "engine: expected a contiguous int64 plan, float32 weights and int32 words");
+  return EnginePlan(static_cast<const int64_t*>(plan.const_data_ptr()), plan.numel(),
+                    static_cast<const float*>(weights.const_data_ptr()), weights.numel(),
+                    static_cast<const int32_t*>(words.const_data_ptr()), words.numel());
 }
 
 const float* noise_of(const MaybeTensor& noise, int64_t positions, int64_t latent) {
@@ -56,6 +60,7 @@ void run_engine(const EngineArguments& a, const Patches& patches, const Tensor& 
   Tensor scratch = empty(like, {threads, room}, ScalarType::Float);
   float* const memory = static_cast<float*>(scratch.mutable_data_ptr());
 
+  const EngineBlock run_block = engine_block(a.network->precision);
   std::atomic<int64_t> next_block{0}, next_thread{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
@@ -64,8 +69,7 @@ void run_engine(const EngineArguments& a, const Patches& patches, const Tensor& 
       for (int64_t block = next_block++; block < blocks; block = next_block++) {
         const int64_t first = block * width * lanes;
         const int64_t taken = std::min(width * lanes, count - first);
-        kernels().engine_block(a, first, taken, static_cast<int>((taken + lanes - 1) / lanes),
-                               mine);
+        run_block(a, first, taken, static_cast<int>((taken + lanes - 1) / lanes), mine);
       }
     }
   });
@@ -79,7 +83,7 @@ EngineArguments arguments_of(const Network& network, const Tensor& pixels, const
                   "engine: expected uint8 or float32 pixels");
   STD_TORCH_CHECK(pixels.size(1) == network.channels, "engine: wrong number of channels");
   STD_TORCH_CHECK(normal || perturbed, "engine: expected a pass to run");
-  STD_TORCH_CHECK(!perturbed || noise || network.distorter_layers > 0,
+  STD_TORCH_CHECK(!perturbed || noise || network.perturbs(),
                   "engine: expected noise for a network without a distorter");
   return {&network,
           pixels.const_data_ptr(),
@@ -96,12 +100,10 @@ EngineArguments arguments_of(const Network& network, const Tensor& pixels, const
           positions};
 }
 
-Tensor engine_images(Tensor images, Tensor plan, Tensor weights, MaybeTensor noise, bool normal,
-                     bool perturbed) {
-  check_engine(plan, weights);
+Tensor engine_images(Tensor images, Tensor plan, Tensor weights, Tensor words, MaybeTensor noise,
+                     bool normal, bool perturbed) {
   STD_TORCH_CHECK(images.dim() == 4, "engine_images: expected (N, C, H, W)");
-  const EnginePlan engine(static_cast<const int64_t*>(plan.const_data_ptr()), plan.numel(),
-                          static_cast<const float*>(weights.const_data_ptr()), weights.numel());
+  const EnginePlan engine = read_plan(plan, weights, words);
   const Network& network = engine.network;
   STD_TORCH_CHECK(images.size(2) == network.height && images.size(3) == network.width,
                   "engine_images: wrong size of the images");
@@ -140,11 +142,10 @@ std::vector<uint8_t> moving(const Tensor& frames, const Tensor& background, cons
 
 std::tuple<Tensor, Tensor> engine_frames(Tensor frames, MaybeTensor background, double threshold,
                                          Sizes stride, bool cover, Tensor plan, Tensor weights,
-                                         MaybeTensor noise, bool normal, bool perturbed) {
-  check_engine(plan, weights);
+                                         Tensor words, MaybeTensor noise, bool normal,
+                                         bool perturbed) {
   STD_TORCH_CHECK(frames.dim() == 4, "engine_frames: expected (N, C, H, W)");
-  const EnginePlan engine(static_cast<const int64_t*>(plan.const_data_ptr()), plan.numel(),
-                          static_cast<const float*>(weights.const_data_ptr()), weights.numel());
+  const EnginePlan engine = read_plan(plan, weights, words);
   const Network& network = engine.network;
   const Sizes patch = {network.height, network.width};
   check_grid(frames.size(2), frames.size(3), patch, stride);

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastalps.drift import DriftMonitor
     from fastalps.gate import MotionGate
     from fastalps.models import ALPS
+    from fastalps.quantization import Quantization, quantize
     from fastalps.scoring import Scorer
     from fastalps.training import TrainConfig, Trainer
 
@@ -27,11 +28,13 @@ __all__ = [
     "Calibration",
     "DriftMonitor",
     "MotionGate",
+    "Quantization",
     "Scorer",
     "TrainConfig",
     "Trainer",
     "UserError",
     "load",
+    "quantize",
     "save",
     "use_backend",
 ]
@@ -46,10 +49,12 @@ _HOMES = {
     "Calibration": "checkpoint",
     "DriftMonitor": "drift",
     "MotionGate": "gate",
+    "Quantization": "quantization",
     "Scorer": "scoring",
     "TrainConfig": "training",
     "Trainer": "training",
     "load": "checkpoint",
+    "quantize": "quantization",
     "save": "checkpoint",
     "use_backend": "backends",
 }
@@ -66,6 +71,7 @@ _MODULES = (
     "nn",
     "ops",
     "protocols",
+    "quantization",
     "reference",
     "scoring",
     "sklearn",

@@ -210,12 +210,21 @@ def use_backend(name: str) -> Iterator[None]:
 
 def cpu_kernels() -> str:
     """Which instructions the C++ kernels use here: "default", "avx2" or "avx512"; or "none"."""
+    return _capabilities()[0]
+
+
+def dot_products() -> tuple[str, ...]:
+    """The engine's own instructions here: "avx512_bf16" for bf16, "avx512_vnni" for int8."""
+    return _capabilities()[1:]
+
+
+def _capabilities() -> tuple[str, ...]:
     path = library_path("cpu")
     if path is None or not load_native("cpu").available:
-        return "none"
+        return ("none",)
     capability = ctypes.CDLL(str(path)).fastalps_cpu_capability
     capability.restype = ctypes.c_char_p
-    return capability().decode()
+    return tuple(capability().decode().split())
 
 
 def report() -> dict[str, State]:

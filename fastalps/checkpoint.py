@@ -130,7 +130,7 @@ def read_tensors(
 
 
 def save(model: ALPS, path: str | os.PathLike[str], calibration: Calibration | None = None) -> None:
-    """Writes a model: weights, configuration, calibration; atomically.
+    """Writes a model: weights, configuration, calibration, quantization; atomically.
 
     Args:
         model: what to save.
@@ -148,6 +148,8 @@ def save(model: ALPS, path: str | os.PathLike[str], calibration: Calibration | N
     }
     if calibration is not None:
         metadata["calibration"] = json.dumps(dataclasses.asdict(calibration))
+    if model.quantization is not None:
+        metadata["quantization"] = json.dumps(dataclasses.asdict(model.quantization))
     save_tensors(path, model.state_dict(), metadata)
 
 
@@ -175,7 +177,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> AL
         device: where to put it.
 
     Returns:
-        The model, in eval mode, its `calibration` set where the file has one.
+        The model, in eval mode, its `calibration` and `quantization` set where the file has them.
 
     Raises:
         UserError: no such file, another kind of file, or one that was cut short or altered.
@@ -192,6 +194,14 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> AL
             model.calibration = Calibration(**json.loads(metadata["calibration"]))
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}: its calibration is not valid ({error})") from error
+    if "quantization" in metadata:
+        from fastalps.quantization import Quantization
+
+        try:
+            model.quantization = Quantization(**json.loads(metadata["quantization"]))
+            model.quantization.check(model)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}: its quantization is not valid ({error})") from error
     return model.requires_grad_().eval().to(device)
 
 

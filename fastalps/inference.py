@@ -59,7 +59,7 @@ def choose_precision(precision: str, device: torch.device) -> str:
         return "bf16" if has_fast_bfloat16(device) else "fp32"
     if precision not in PRECISIONS:
         raise ValueError(
-            f"precision must be one of {', '.join(PRECISIONS)} or auto here, got {precision!r}"
+            f"precision must be one of {', '.join(PRECISIONS)}, int8 or auto, got {precision!r}"
         )
     if precision == "bf16" and not has_fast_bfloat16(device):
         warnings.warn(

@@ -20,6 +20,7 @@ from fastalps import ops
 
 if TYPE_CHECKING:
     from fastalps.checkpoint import Calibration
+    from fastalps.quantization import Quantization
 
 # Widths of the hidden layers. "paper" keeps the paper's layer counts with the latent size that
 # detects best; "fast" is narrower; "network-b" is the wide network that benchmarks compare on.
@@ -256,6 +257,7 @@ class ALPS(nn.Module):
     """
 
     calibration: Calibration | None
+    quantization: Quantization | None
 
     def __init__(
         self,
@@ -276,6 +278,7 @@ class ALPS(nn.Module):
     def _build(self, config: ModelConfig) -> None:
         self.config = config
         self.calibration = None
+        self.quantization = None
         self.encoder = Encoder(config, config.encoder)
         self.decoder = Decoder(config)
         self.distorter = Distorter(config) if config.perturbation == "adversarial" else None

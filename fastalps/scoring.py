@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
-from fastalps import backends, ops
+from fastalps import backends, ops, quantization
 from fastalps.checkpoint import SCORE_KINDS
 from fastalps.chunks import PATCH_BYTES, plan_chunks
 from fastalps.engine import Engine, log_layer_by_layer, why_not
@@ -52,17 +53,17 @@ class Scorer:
     does not change the scores until `refresh()`. A model with perturbation="noise" draws new noise
     for every image, so only its normal score is the same twice.
 
-    On CPUs fp32 runs in the whole-network engine (`fastalps.engine`) where the C++ kernels are
+    On CPUs the model runs in the whole-network engine (`fastalps.engine`) where the C++ kernels are
     there and no other backend was asked for; else the model runs layer by layer, for a reason that
     the logger "fastalps" tells once.
 
     Args:
         model: an `fastalps.ALPS`.
         score: "normal", "perturbed" or "average". What it does not need is not computed.
-        precision: "fp32", "bf16", or "auto": fp32 where the engine covers the model, else bf16
-            where the device multiplies it in hardware, else fp32. The engine has no bf16: its
-            savings are exact, and more than halve the work. `scorer.precision` says which was
-            chosen.
+        precision: "fp32", "bf16", "int8" (CPUs; needs `model.quantization`, see
+            `fastalps.quantize`), or "auto": in the engine the fastest that keeps the model's
+            ranking by the rule of `fastalps.quantization.choose`; layer by layer, bf16 where the
+            device multiplies it in hardware, else fp32. `scorer.precision` says which was chosen.
         patch_size: (height, width) of the patches that frames are cut into, or one int for both;
             None = the model's image size, the only one it takes.
         stride: (rows, columns) from one patch to the next; None = the patch size.
@@ -125,9 +126,7 @@ class Scorer:
         self.device = torch.device(next(model.parameters()).device if device is None else device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device {self.device} is not there: torch finds no CUDA; use 'cpu'")
-        if precision == "auto" and not why_not(model.config, self.device, "fp32"):
-            precision = "fp32"
-        self.precision = choose_precision(precision, self.device)
+        self.precision = self._choose(precision)
         if batch_size is None:
             batch_size = default_batch_size(self.image_size, self.device)
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -135,12 +134,39 @@ class Scorer:
         self.batch_size = batch_size
         self.refresh()
 
+    def _choose(self, precision: str) -> str:
+        auto = precision == "auto"
+        reason = why_not(self.model.config, self.device, "fp32" if auto else precision)
+        if not reason and auto:
+            return quantization.choose(self.model)
+        if precision == "int8" and reason:
+            raise ValueError(f"precision int8 is not to be had: {reason}; use fp32, bf16 or auto")
+        if precision == "int8" and self.model.quantization is None:
+            raise ValueError(
+                "precision int8 needs the ranges of the model's activations; set "
+                "model.quantization = fastalps.quantize(model, normal_images) first"
+            )
+        if reason or auto:
+            return choose_precision(precision, self.device)
+        needed = quantization.NARROW.get(precision)
+        if needed is not None and needed not in backends.dot_products():
+            warnings.warn(
+                f"this processor has no {precision} instructions ({needed}), so {precision} is "
+                "emulated and slower than fp32",
+                stacklevel=3,
+            )
+        return precision
+
     def refresh(self) -> None:
         """Takes the model's present weights."""
         self._copy: ALPS = copy.deepcopy(self.model)
         self._layers: LayerByLayer | None = None
         reason = why_not(self.model.config, self.device, self.precision)
-        self._engine = None if reason else Engine(self._copy)
+        found = self._copy.quantization
+        self._engine = None
+        if not reason:
+            ranges = None if found is None else found.ranges
+            self._engine = Engine(self._copy, precision=self.precision, ranges=ranges)
         if reason and self.device.type == "cpu":
             log_layer_by_layer(reason)
 

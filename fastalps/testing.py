@@ -21,8 +21,13 @@ TOLERANCE: dict[torch.dtype, dict[str, float]] = {
 }
 
 # How far the error of a whole network may be from float64, relative to it, by the dtype of weights
-# and activations.
-SCORE_ERROR: dict[torch.dtype, float] = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+# and activations. int8 is judged by its ranking (AUROC moved by 0.1 point at most); this only
+# catches what is broken.
+SCORE_ERROR: dict[torch.dtype, float] = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 1e-2,
+    torch.int8: 1e-1,
+}
 
 
 def tolerance(dtype: torch.dtype, device: str = "cpu", factor: float = 1.0) -> dict[str, float]:

@@ -369,7 +369,7 @@ def test_layer_by_layer_where_the_engine_does_not_reach(monkeypatch, caplog) -> 
     model, cpu = randomise(ALPS(12, preset="fast"), 2), torch.device("cpu")
     config = model.config
     assert "not on cuda devices" in why_not(config, torch.device("cuda"), "fp32")
-    assert "not in bf16" in why_not(config, cpu, "bf16")
+    assert "not in fp16" in why_not(config, cpu, "fp16")
     large = dataclasses.replace(config, image_size=(2000, 12))
     assert "up to 1024 pixels" in why_not(large, cpu, "fp32")
     images = pixels_of((9, 1, 12, 12), 3)
@@ -392,20 +392,20 @@ def test_layer_by_layer_where_the_engine_does_not_reach(monkeypatch, caplog) -> 
 @needs_library
 def test_damaged_plans_are_refused() -> None:
     model = randomise(ALPS(8, preset="fast"), 2)
-    engine = Engine(model)
     images = pixels_of((3, 1, 8, 8), 3)
+    whole, floats, words = Engine(model).packed
 
     def run(plan: Tensor, weights: Tensor) -> Tensor:
-        return torch.ops.fastalps.engine_images(images, plan, weights, None, True, True)
+        return torch.ops.fastalps.engine_images(images, plan, weights, words, None, True, True)
 
-    assert torch.isfinite(run(engine.plan, engine.weights)).all()
+    assert torch.isfinite(run(whole, floats)).all()
     for plan, weights in (
-        (engine.plan[:-1], engine.weights),
-        (engine.plan, engine.weights[:-1]),
-        (torch.cat([engine.plan, engine.plan[:1]]), engine.weights),
-        (engine.plan[:0], engine.weights),
-        (engine.plan.int(), engine.weights),
-        (engine.plan, engine.weights.double()),
+        (whole[:-1], floats),
+        (whole, floats[:-1]),
+        (torch.cat([whole, whole[:1]]), floats),
+        (whole[:0], floats),
+        (whole.int(), floats),
+        (whole, floats.double()),
     ):
         with pytest.raises(RuntimeError, match="engine"):
             run(plan, weights)
@@ -413,11 +413,11 @@ def test_damaged_plans_are_refused() -> None:
     refused = 0
     for _ in range(300):
         # Any single number replaced: refused, or a network of the same memory that runs.
-        plan = engine.plan.clone()
+        plan = whole.clone()
         at = int(torch.randint(len(plan), (1,), generator=generator))
         plan[at] = int(torch.randint(-3, 70, (1,), generator=generator))
         try:
-            run(plan, engine.weights)
+            run(plan, floats)
         except RuntimeError:
             refused += 1
     assert refused > 150
@@ -427,7 +427,7 @@ def test_damaged_plans_are_refused() -> None:
 def test_calls_that_do_not_fit_are_refused() -> None:
     engine = Engine(randomise(ALPS(8, preset="fast", perturbation="noise"), 2))
     images, ops = pixels_of((3, 1, 8, 8), 3), torch.ops.fastalps
-    packed = (engine.plan, engine.weights)
+    packed = engine.packed
     for pixels, noise, flags, message in (
         (images[:, :, :7], None, (True, False), "wrong size"),
         (images.repeat(1, 2, 1, 1), None, (True, False), "channels"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,11 @@ from bench import peers
 from bench.cases.op_inputs import PATCH, PATCHES, eager_active, tile_permute
 from bench.frames import Video, load_video
 from bench.harness import Candidate, Case, Settings, Work, first_line, relative_error
+from fastalps import backends
+from fastalps.engine import why_not
 from fastalps.environment import has_fast_bfloat16
 from fastalps.models import PRESETS
+from fastalps.quantization import NARROW
 from fastalps.testing import SCORE_ERROR
 
 # Patches a call, by effort.
@@ -56,7 +60,9 @@ def _model(settings: Settings, preset: str) -> fastalps.ALPS:
     config = fastalps.TrainConfig(
         epochs=2, batch_size=32, distorter_every=2, seed=settings.seed, device="cpu"
     )
-    return fastalps.Trainer(config, progress=False).fit(model, images).model
+    model = fastalps.Trainer(config, progress=False).fit(model, images).model
+    model.quantization = fastalps.quantize(model, images)
+    return model
 
 
 @functools.cache
@@ -139,7 +145,9 @@ def _candidates(
     def scorer(precision: str) -> Callable[[], Any]:
         def make() -> Any:
             nonlocal batch
-            made = fastalps.Scorer(model, precision=precision, gate=gate, device=device)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the candidate's name says what is emulated
+                made = fastalps.Scorer(model, precision=precision, gate=gate, device=device)
             batch = made.batch_size
             return _scorer(made) if frames else _patch_scorer(made)
 
@@ -157,7 +165,14 @@ def _candidates(
     no_onnx = peers.missing("onnxruntime", "onnx")
     no_openvino = on_cpu or peers.missing("openvino", "onnx")
     add("fastalps fp32", fp32, "", scorer("fp32"), True)
-    add("fastalps bf16", bf16, no_bf16, scorer("bf16"), True)
+    if device == "cpu":
+        for precision, dtype in (("bf16", bf16), ("int8", torch.int8)):
+            fast = NARROW[precision] in backends.dot_products()
+            name = f"fastalps {precision}" + ("" if fast else ", emulated")
+            reason = why_not(model.config, torch.device("cpu"), precision)
+            add(name, dtype, reason, scorer(precision), True)
+    else:
+        add("fastalps bf16", bf16, no_bf16, scorer("bf16"), True)
     add("eager fp32 NCHW", fp32, "", peer(lambda: peers.eager(model, device, fp32, False)))
     add("eager fp32 NHWC", fp32, "", peer(lambda: peers.eager(model, device, fp32, True)))
     add("eager bf16 NHWC", bf16, no_bf16, peer(lambda: peers.eager(model, device, bf16, True)))

@@ -317,8 +317,8 @@ void engine_block_of(const EngineArguments& a, int64_t first, int64_t count, flo
 }
 
 // `vectors`: 1 to 3, as many as `count` patches fill.
-void engine_block(const EngineArguments& a, int64_t first, int64_t count, int vectors,
-                  float* scratch) {
+inline void engine_block_fp32(const EngineArguments& a, int64_t first, int64_t count, int vectors,
+                              float* scratch) {
   if (vectors == 1) return engine_block_of<1>(a, first, count, scratch);
   if (vectors == 2) return engine_block_of<2>(a, first, count, scratch);
   return engine_block_of<3>(a, first, count, scratch);

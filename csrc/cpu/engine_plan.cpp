@@ -16,11 +16,14 @@ constexpr int64_t kMost = int64_t{1} << 24;  // no size or count of a network is
 }  // namespace
 
 EnginePlan::EnginePlan(const int64_t* plan, int64_t plan_size, const float* weights,
-                       int64_t weights_size)
+                       int64_t weights_size, const int32_t* words, int64_t words_size)
     : plan_(plan),
       plan_end_(plan + plan_size),
       weights_(weights),
-      weights_end_(weights + weights_size) {
+      weights_end_(weights + weights_size),
+      words_(words),
+      words_end_(words + words_size) {
+  network.precision = static_cast<Precision>(next(0, 2));
   network.channels = next(1, kMost);
   network.height = next(1, kMost);
   network.width = next(1, kMost);
@@ -28,13 +31,27 @@ EnginePlan::EnginePlan(const int64_t* plan, int64_t plan_size, const float* weig
   network.bound = static_cast<Bound>(next(0, 2));
   network.strength = *floats(1);
   const int64_t pixels = network.height * network.width;
-  network.encoder_layers =
-      layers(network.encoder, network.channels, pixels, network.latent, 1, false);
-  network.distorter_layers =
-      layers(network.distorter, network.channels, pixels, network.latent, 1, true);
-  network.decoder_layers =
-      layers(network.decoder, network.latent, 1, network.channels, pixels, false);
-  if (plan_ != plan_end_ || weights_ != weights_end_) fail("its length");
+  if (network.precision == Precision::kFp32) {
+    network.encoder_layers =
+        layers(network.encoder, network.channels, pixels, network.latent, 1, false);
+    network.distorter_layers =
+        layers(network.distorter, network.channels, pixels, network.latent, 1, true);
+    network.decoder_layers =
+        layers(network.decoder, network.latent, 1, network.channels, pixels, false);
+  } else {
+    network.words = pixels * group_count(network.channels);
+    network.narrow_encoder_layers =
+        narrow_layers(network.narrow_encoder, network.channels, pixels, network.latent, 1, false);
+    network.narrow_distorter_layers =
+        narrow_layers(network.narrow_distorter, network.channels, pixels, network.latent, 1, true);
+    const int64_t start = next(1, kMost), small = next(1, kMost);
+    if (layers(network.dense, network.latent, 1, start, small, false) != 1) fail("a dense layer");
+    network.dense_coding = coding();
+    fit(small * group_count(start), 0);
+    network.narrow_decoder_layers =
+        narrow_layers(network.narrow_decoder, start, small, network.channels, pixels, false);
+  }
+  if (plan_ != plan_end_ || weights_ != weights_end_ || words_ != words_end_) fail("its length");
 }
 
 int64_t EnginePlan::next(int64_t least, int64_t most) {
@@ -187,13 +204,106 @@ int64_t EnginePlan::layers(const Layer*& into, int64_t in_channels, int64_t in_p
       fail("a layer does not fit the one before");
     }
     size = int64_t{one.rows.outputs} * one.columns.outputs * one.out_channels;
-    network.activation = std::max(network.activation, size);
     network.widest = std::max(network.widest, one.in_channels);
-    network.working =
-        std::max(network.working, one.value_size + one.product_size + one.partial_size);
+    fit(size, one.value_size + one.product_size + one.partial_size);
     list.push_back(one);
   }
   if (count > 0 && size != out_channels * out_pixels) fail("the last layer's size");
+  into = list.data();
+  return count;
+}
+
+void EnginePlan::fit(int64_t activation, int64_t working) {
+  network.activation = std::max(network.activation, activation);
+  network.working = std::max(network.working, working);
+}
+
+int64_t EnginePlan::group_count(int64_t channels) const {
+  const int64_t group = kGroups[static_cast<int>(network.precision)];
+  return (channels + group - 1) / group;
+}
+
+Coding EnginePlan::coding() {
+  const float factor = *floats(1);
+  return {factor, *floats(1)};
+}
+
+const NarrowSum* EnginePlan::sums_of_pixels(int64_t count, int64_t in_pixels) {
+  std::vector<NarrowSum>& list = narrow_sums_.emplace_back();
+  for (int64_t s = 0; s < count; ++s) {
+    std::vector<int32_t>& pixels = numbers_.emplace_back();
+    const int64_t length = next(1, kMostPooled);
+    for (int64_t i = 0; i < length; ++i) {
+      pixels.push_back(static_cast<int32_t>(next(0, in_pixels - 1)));
+    }
+    list.push_back({pixels.data(), static_cast<int32_t>(length)});
+  }
+  return list.data();
+}
+
+NarrowLayer EnginePlan::narrow_layer(int64_t in_pixels) {
+  NarrowLayer layer{};
+  layer.in_channels = next(1, kMost);
+  layer.out_channels = next(1, kMost);
+  layer.plain = next(0, 1) == 1;
+  layer.sum_count = next(0, kMostSums);
+  layer.sums = sums_of_pixels(layer.sum_count, in_pixels);
+  const int64_t filters = next(1, kMost);
+  // No more than what follows can hold: memory is taken by these numbers.
+  const int64_t classes = next(1, std::min<int64_t>(kMost, weights_end_ - weights_));
+  layer.pixel_count = next(1, std::min<int64_t>(kMost, plan_end_ - plan_));
+  std::vector<NarrowPixel>& list = pixels_.emplace_back();
+  std::vector<const NarrowPixel*> first(classes);
+  // No growth below: `first` points into it.
+  list.reserve(layer.pixel_count);
+  for (int64_t p = 0; p < layer.pixel_count; ++p) {
+    const int32_t bias_class = static_cast<int32_t>(next(0, classes - 1));
+    const int64_t length = next(1, kMostNarrowTerms);
+    std::vector<Term>& terms = terms_.emplace_back();
+    for (int64_t t = 0; t < length; ++t) {
+      const int64_t index = next(0, (layer.sum_count ? layer.sum_count : in_pixels) - 1);
+      terms.push_back({static_cast<int32_t>(index), static_cast<int32_t>(next(0, filters - 1))});
+    }
+    list.push_back({terms.data(), static_cast<int32_t>(length), bias_class});
+    // Pixels of a class are computed by the filters of the first.
+    const NarrowPixel*& like = first[bias_class];
+    if (like == nullptr) like = &list.back();
+    bool same = like->count == length;
+    for (int64_t t = 0; same && t < length; ++t) same = like->terms[t].factor == terms[t].factor;
+    if (!same) fail("pixels of a class have other filters");
+  }
+  layer.pixels = list.data();
+  layer.slope = *floats(1);
+  layer.coding = coding();
+  layer.pool_factor = *floats(1);
+  layer.pool_zeros = floats(layer.sum_count);
+  layer.scale = floats(layer.out_channels);
+  layer.bias = floats(classes * layer.out_channels);
+  const int64_t size = filters * group_count(layer.in_channels) * layer.out_channels;
+  if (size > words_end_ - words_) fail("the words end early");
+  layer.words = reinterpret_cast<const uint32_t*>(words_);
+  words_ += size;
+  return layer;
+}
+
+int64_t EnginePlan::narrow_layers(const NarrowLayer*& into, int64_t in_channels, int64_t in_pixels,
+                                  int64_t out_channels, int64_t out_pixels, bool optional) {
+  const int64_t count = next(optional ? 0 : 1, kMost);
+  std::vector<NarrowLayer>& list = narrow_layers_.emplace_back();
+  int64_t channels = in_channels, pixels = in_pixels;
+  for (int64_t i = 0; i < count; ++i) {
+    const NarrowLayer one = narrow_layer(pixels);
+    if (one.in_channels != channels) fail("a layer does not fit the one before");
+    if (one.plain != (i + 1 == count)) fail("floats within the network");
+    channels = one.out_channels;
+    pixels = one.pixel_count;
+    fit(pixels * (one.plain ? channels : group_count(channels)),
+        one.sum_count * group_count(one.in_channels));
+    list.push_back(one);
+  }
+  if (count > 0 && (channels != out_channels || pixels != out_pixels)) {
+    fail("the last layer's size");
+  }
   into = list.data();
   return count;
 }

@@ -151,6 +151,10 @@ struct GatherArguments {
   const int64_t* index;  // (K, 2)
 };
 
+// A block of patches through the whole network: its first patch, their number, the vectors that
+// they fill (1 to kBlockVectors), and scratch of `Network::scratch` words for each lane.
+using EngineBlock = void (*)(const EngineArguments&, int64_t, int64_t, int, float*);
+
 struct Kernels {
   const char* name;
   void (*tile_patches)(const TileArguments&, int64_t, int64_t);
@@ -164,12 +168,16 @@ struct Kernels {
   void (*activity)(const ActivityArguments&, int64_t, int64_t);
   void (*gather)(const GatherArguments&, int64_t, int64_t);
   int lanes;  // floats in a vector
-  // A block of patches through the whole network: its first patch, their number, the vectors that
-  // they fill (1 to kBlockVectors), and scratch of `Network::scratch` floats for each lane.
-  void (*engine_block)(const EngineArguments&, int64_t, int64_t, int, float*);
+  EngineBlock engine_fp32, engine_bf16, engine_int8;
 };
 
 // The fastest set that this processor runs; FASTALPS_CPU=default|avx2|avx512 asks for a lesser one.
 const Kernels& kernels();
+
+// The engine in a precision: with its own instructions where the chosen set has 512 bits and the
+// processor knows them, else with that set's.
+EngineBlock engine_block(Precision precision);
+// "default avx512_bf16 avx512_vnni": the set, and the instructions that the engine has besides.
+const char* kernels_description();
 
 }  // namespace fastalps

@@ -20,6 +20,7 @@ namespace {
 #include "engine_transforms.inl"
 #include "engine_products.inl"
 #include "engine.inl"
+#include "engine_narrow.inl"
 // clang-format on
 
 }  // namespace
@@ -38,7 +39,9 @@ const Kernels FASTALPS_TABLE = {
     activity,
     gather,
     kLanes,
-    engine_block,
+    engine_block_fp32,
+    narrow_block<BFloat>,
+    narrow_block<Int8>,
 };
 
 }  // namespace fastalps

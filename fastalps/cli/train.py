@@ -40,6 +40,8 @@ from fastalps.files import make_folder, write_text
 from fastalps.gate import MotionGate
 from fastalps.models import ALPS
 from fastalps.protocols import motion_baseline
+from fastalps.quantization import LEAST_IMAGES as LEAST_TO_QUANTIZE
+from fastalps.quantization import quantize
 from fastalps.training import FitResult, TensorBoardLogger, TrainConfig, Trainer
 from fastalps.training.trainer import CHECKPOINT, choose_device
 
@@ -270,6 +272,8 @@ def _write(
         chosen_score=fitted.score,
         calibration=dataclasses.asdict(result.calibration),
     )
+    if len(data.train) >= LEAST_TO_QUANTIZE:
+        fitted.model.quantization = quantize(fitted.model, data.train)
     fastalps.save(fitted.model, folder / run_folder.MODEL, result.calibration)
     run_folder.write_scores(folder / run_folder.SCORES, result.columns, result.rows)
     pictures = make_folder(folder / run_folder.FIGURES)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastalps import backends, ops
-from fastalps.engine.packing import pack
+from fastalps.engine import narrow
+from fastalps.engine.packing import PRECISIONS, pack
 from fastalps.inference import Cut, Passes, fold_batch_norm
 from fastalps.inputs import unit_pixels
 from fastalps.models import ALPS, ModelConfig
@@ -27,12 +28,13 @@ CALL_FLOP = 1e10
 
 _library = torch.library.Library("fastalps", "FRAGMENT")
 _library.define(
-    "engine_images(Tensor images, Tensor plan, Tensor weights, Tensor? noise, bool normal, "
-    "bool perturbed) -> Tensor"
+    "engine_images(Tensor images, Tensor plan, Tensor weights, Tensor words, Tensor? noise, "
+    "bool normal, bool perturbed) -> Tensor"
 )
 _library.define(
     "engine_frames(Tensor frames, Tensor? background, float threshold, int[2] stride, bool cover, "
-    "Tensor plan, Tensor weights, Tensor? noise, bool normal, bool perturbed) -> (Tensor, Tensor)"
+    "Tensor plan, Tensor weights, Tensor words, Tensor? noise, bool normal, bool perturbed) "
+    "-> (Tensor, Tensor)"
 )
 
 
@@ -45,10 +47,12 @@ def why_not(config: ModelConfig, device: torch.device, precision: str) -> str:
     """Why the engine cannot score with this model, device and precision; empty where it can."""
     if device.type != "cpu":
         return f"the engine runs on CPUs, not on {device.type} devices"
-    if precision != "fp32":
-        return f"the engine computes in fp32, not in {precision}"
-    if max(config.image_size) > LARGEST_IMAGE:
-        return f"the engine takes images of up to {LARGEST_IMAGE} pixels, not {config.image_size}"
+    if precision not in PRECISIONS:
+        return f"the engine computes in {', '.join(PRECISIONS)}, not in {precision}"
+    largest = LARGEST_IMAGE if precision == "fp32" else narrow.LARGEST_IMAGE
+    if max(config.image_size) > largest:
+        size = config.image_size
+        return f"in {precision} the engine takes images of up to {largest} pixels, not {size}"
     native = backends.load_native("cpu")
     return "" if native.available else native.reason
 
@@ -60,27 +64,56 @@ def log_layer_by_layer(reason: str) -> None:
 
 
 class Engine:
-    """Errors of images and frames under a private, packed copy of an ALPS model, in fp32.
+    """Errors of images and frames under a private, packed copy of an ALPS model.
 
     A score depends neither on the other images of the call, nor on the number of threads
     (`torch.get_num_threads()`). Calls may come from several threads at once.
 
     Args:
         model: an `fastalps.ALPS`; copied, so that later changes to it do not show.
-        minimal: use algorithms with fewer multiplications (see `fastalps.engine.axes`); False:
-            direct convolutions, for comparison.
+        minimal: in fp32, use algorithms with fewer multiplications (see `fastalps.engine.axes`);
+            False: direct convolutions, as in bf16 and int8.
+        precision: "fp32", "bf16" or "int8" of weights and activations; errors are float32. Without
+            instructions for the last two (AVX512-BF16, AVX512-VNNI) others give the same, slower.
+        ranges: of activations, for int8; see `fastalps.engine.narrow.activation_ranges`.
+
+    Raises:
+        ValueError: int8 without the ranges of this model.
 
     `flop`: floating-point operations of both scores of an image, without the sums around products.
     """
 
-    def __init__(self, model: ALPS, minimal: bool = True) -> None:
+    def __init__(
+        self,
+        model: ALPS,
+        minimal: bool = True,
+        *,
+        precision: str = "fp32",
+        ranges: narrow.Ranges | None = None,
+    ) -> None:
         self.device = torch.device("cpu")
+        if precision == "int8" and len(ranges or ()) != narrow.range_count(model):
+            raise ValueError(
+                f"ranges: int8 needs {narrow.range_count(model)} ranges of activations for this "
+                f"model, got {len(ranges or ())}; find them with fastalps.quantize"
+            )
+        self.precision = precision
         # Folded and mixed in float64: weights round once.
         network = copy.deepcopy(model).eval().requires_grad_(False).to("cpu", torch.float64)
         fold_batch_norm(network)
         self.config = model.config
-        self.plan, self.weights, self.flop = pack(network, minimal)
+        if precision == "fp32":
+            found = pack(network, minimal)
+        else:
+            found = narrow.pack_narrow(network, precision, ranges)
+        self.packed, self.flop = found[:3], found.flop
         self.call_size = max(1, int(CALL_FLOP / model.flops()))  # images, for each thread
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the packed weights."""
+        _, weights, words = self.packed
+        return 4 * (weights.numel() + words.numel())
 
     @torch.inference_mode()
     def errors(self, images: Tensor, passes: Passes) -> Tensor:
@@ -102,7 +135,7 @@ class Engine:
 
     def _call(self, images: Tensor, passes: Passes) -> Tensor:
         noise, flags = self._passes(images.shape[0], passes)
-        errors = torch.ops.fastalps.engine_images(images, self.plan, self.weights, noise, *flags)
+        errors = torch.ops.fastalps.engine_images(images, *self.packed, noise, *flags)
         return self._rows(errors, passes)
 
     @torch.inference_mode()
@@ -137,7 +170,7 @@ class Engine:
             pieces.append(
                 torch.ops.fastalps.engine_frames(
                     part, background, float(threshold), stride, edge != "drop",
-                    self.plan, self.weights, noise, *flags,
+                    *self.packed, noise, *flags,
                 )
             )  # fmt: skip
         errors = self._rows(torch.cat([errors for errors, _ in pieces], 1), passes)

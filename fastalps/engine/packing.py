@@ -18,6 +18,7 @@ TILE = 4
 # EPYC, network B, though by 2% at most.
 BAND = 8
 
+PRECISIONS = ("fp32", "bf16", "int8")  # in the order of `Precision` in csrc/cpu/engine.h
 _NAMES = tuple(axes.ALGORITHMS)  # in the order of `Algorithm` in csrc/cpu/engine.h
 
 
@@ -26,6 +27,7 @@ class Packed(NamedTuple):
 
     plan: Tensor  # int64
     weights: Tensor  # float32
+    words: Tensor  # int32: weights in bf16 or int8, several channels each
     flop: int  # of both scores of an image: multiplications and as many additions
 
 
@@ -36,13 +38,24 @@ class Packer:
         self.minimal = minimal
         self.plan: list[int] = []
         self.weights: list[Tensor] = []
+        self.words: list[Tensor] = [torch.empty(0, dtype=torch.int32)]
         # Of both scores of an image: the decoder runs once for each.
         self.multiplications = 0
         self._passes = 1
 
     def packed(self) -> Packed:
         plan = torch.tensor(self.plan, dtype=torch.int64)
-        return Packed(plan, torch.cat(self.weights), 2 * self.multiplications)
+        words = torch.cat(self.words)
+        return Packed(plan, torch.cat(self.weights), words, 2 * self.multiplications)
+
+    def head(self, model: ALPS, precision: str) -> None:
+        """The precision, the sizes, and how the perturbation is bounded."""
+        config = model.config
+        self.plan += [PRECISIONS.index(precision), config.channels, *config.image_size]
+        # The bound is the distorter's: noise has none.
+        bound = "none" if model.distorter is None else config.bound
+        self.plan += [config.latent, BOUNDS.index(bound)]
+        self.weights.append(torch.tensor([config.strength]))
 
     def encoder(self, encoder: Encoder, sizes: Sequence[tuple[int, int]], slope: float) -> None:
         """Four strided convolutions; the last one with the average pooling behind it."""
@@ -55,21 +68,21 @@ class Packer:
             rows, columns = (axes.strided(n, minimal, BAND) for n in (height, width))
             self._layer(layer.weight, layer.bias, rows, columns, slope)
         (height, width), pixels = sizes[3], sizes[4][0] * sizes[4][1]
-        self._layer(last.weight / pixels, last.bias, axes.pooled(height), axes.pooled(width), 1.0)
+        rows, columns = axes.pooled(height), axes.pooled(width)
+        self._layer(last.weight / pixels, last.bias, rows, columns, 1.0, pooled=True)
 
     def decoder(self, model: ALPS, slope: float) -> None:
         """The dense layer, four transposed strided convolutions, and two of stride 1."""
         decoder, sizes = model.decoder, model.config.map_sizes()[::-1]
         self._passes = 1 if model.config.perturbation == "none" else 2
         *halves, inner, last = (m for m in decoder.layers if isinstance(m, nn.ConvTranspose2d))
-        self.plan.append(len(halves) + 3)
         # From (channel, pixel), the order of its outputs, to (pixel, channel).
         start, pixels = decoder.start[0], sizes[0][0] * sizes[0][1]
         dense, bias = (
             value.unflatten(0, (start, pixels)).transpose(0, 1).flatten(0, 1)
             for value in (decoder.dense.weight, decoder.dense.bias)
         )
-        self._layer(dense[:, :, None, None], bias, axes.point(), axes.point(), slope)
+        self._dense(dense[:, :, None, None], bias, (start, pixels), slope, len(halves) + 2)
         for layer, small, large in zip(halves, sizes, sizes[1:], strict=False):
             rows, columns = (
                 axes.transposed(n, m, self.minimal, BAND) for n, m in zip(small, large, strict=True)
@@ -79,8 +92,21 @@ class Packer:
             rows, columns = (axes.same(n, minimal, BAND) for n in sizes[-1])
             self._layer(layer.weight.transpose(0, 1), layer.bias, rows, columns, after)
 
+    def _dense(
+        self, weight: Tensor, bias: Tensor, shape: tuple[int, int], slope: float, following: int
+    ) -> None:
+        """The dense layer to a map of `shape` (channels, pixels); `following` layers come after."""
+        self.plan.append(following + 1)
+        self._layer(weight, bias, axes.point(), axes.point(), slope)
+
     def _layer(
-        self, weight: Tensor, bias: Tensor | None, rows: Axis, columns: Axis, slope: float
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Axis,
+        columns: Axis,
+        slope: float,
+        pooled: bool = False,
     ) -> None:
         """`weight`: float64 (out, in, height, width), as of a convolution."""
         outputs, inputs = weight.shape[:2]
@@ -123,22 +149,23 @@ def _tiled(filters: Tensor) -> Tensor:
 
 
 def pack(model: ALPS, minimal: bool = True) -> Packed:
-    """The plan and the weights of a model whose batch norms are folded, in float64.
+    """The plan and the weights in fp32 of a model whose batch norms are folded, in float64.
 
     Args:
         model: see `fastalps.inference.fold_batch_norm`.
         minimal: use algorithms with fewer multiplications, see `fastalps.engine.axes`.
     """
-    config, sizes = model.config, model.config.map_sizes()
-    packer = Packer(minimal)
-    packer.plan += [config.channels, *config.image_size, config.latent]
-    # The bound is the distorter's: noise has none.
-    packer.plan.append(BOUNDS.index("none" if model.distorter is None else config.bound))
-    packer.weights.append(torch.tensor([config.strength]))
-    packer.encoder(model.encoder, sizes, config.negative_slope)
+    return fill(Packer(minimal), model, "fp32")
+
+
+def fill(packer: Packer, model: ALPS, precision: str) -> Packed:
+    """Hands a model's parts to the packer in the order of the plan."""
+    slope, sizes = model.config.negative_slope, model.config.map_sizes()
+    packer.head(model, precision)
+    packer.encoder(model.encoder, sizes, slope)
     if model.distorter is None:
         packer.plan.append(0)
     else:
-        packer.encoder(model.distorter.encoder, sizes, config.negative_slope)
-    packer.decoder(model, config.negative_slope)
+        packer.encoder(model.distorter.encoder, sizes, slope)
+    packer.decoder(model, slope)
     return packer.packed()

@@ -1,0 +1,162 @@
+"""What bf16 and int8 do to scores, on trained weights.
+
+Trains a network for a few epochs on one class of MNIST, and one on what moves in UCSD Ped2 (patches
+of change since the frame before), then scores the test images, or every patch of every 20th test
+frame, in each precision: the relative error against float64, the AUROC and how far it moved from
+fp32. Errors do not depend on which instructions compute them but for rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# A checkout needs no installation.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+import fastalps
+from bench import peers
+from bench.command_line import Parser, guarded
+from fastalps import metrics, ops, protocols
+from fastalps.data import load_images, load_ucsd, motion_frames, moving_patches
+from fastalps.engine import Engine
+from fastalps.environment import result_record
+from fastalps.files import write_json
+from fastalps.models import PRESETS
+from fastalps.quantization import quantize
+
+ROOT = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+PATCH = 30
+EVERY = 20  # frames: neighbours are almost the same
+QUANTILES = (0.5, 0.99, 1.0)
+SCORES = ("normal", "perturbed", "average")
+
+
+def _mnist(root: Path, images: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(normal training images, test images, labels)."""
+    data = load_images("mnist", root, normal_class=2, protocol="strict")
+    order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))[:images]
+    return data.train, data.test[order], data.test_labels[order]
+
+
+def _ped2(root: Path, images: int) -> tuple[Tensor, Tensor, Tensor]:
+    folder = root / "UCSDped2"
+    gate = fastalps.MotionGate(3.0, torch.zeros(240, 360, dtype=torch.uint8))
+    normal = [
+        fastalps.data.Clip(clip.name, motion_frames(clip.frames), None, None)
+        for clip in load_ucsd(folder, "ped2", "train")
+    ]
+    patches, labels = [], []
+    for clip in load_ucsd(folder, "ped2", "test"):
+        part = slice(1, None, EVERY)
+        tiles = ops.tile_patches(motion_frames(clip.frames)[part], PATCH, scale=1.0)
+        patches.append(tiles.to(torch.uint8).flatten(0, 1))
+        labels.append(protocols.patch_labels(clip.masks[part], PATCH).flatten())
+    images_, marks = torch.cat(patches), torch.cat(labels)
+    sure = marks >= 0
+    return moving_patches(normal, PATCH, gate), images_[sure], marks[sure] == 1
+
+
+def _exact(model: fastalps.ALPS, images: Tensor) -> Tensor:
+    network = peers.EagerNetwork(model).double()
+    with torch.inference_mode():
+        return torch.cat([network(part.double() / 255) for part in images.split(256)], 1)
+
+
+def _compare(model: fastalps.ALPS, train: Tensor, images: Tensor, labels: Tensor) -> dict[str, Any]:
+    exact = _exact(model, images)
+    model.quantization = quantize(model, train)
+    rows: dict[str, Any] = {}
+    for precision in ("fp32", "bf16", "int8"):
+        engine = Engine(model, precision=precision, ranges=model.quantization.ranges)
+        errors = engine.errors(images, "both")
+        away = ((errors.double() - exact).abs() / exact).flatten()
+        kinds = dict(zip(SCORES, (*errors, errors.mean(0)), strict=True))
+        row: dict[str, Any] = {
+            "relative_error": {str(q): _quantile(away, q) for q in QUANTILES},
+            "auroc": {kind: metrics.auroc(values, labels) for kind, values in kinds.items()},
+        }
+        if precision != "fp32":
+            whole = rows["fp32"]["auroc"]
+            row["moved"] = {kind: row["auroc"][kind] - whole[kind] for kind in SCORES}
+            agreement = model.quantization.agreement[precision]
+            row["normal_images"] = vars(agreement) | {"close": agreement.close}
+        rows[precision] = row
+    return rows
+
+
+def _quantile(values: Tensor, q: float) -> float:
+    # torch.quantile refuses more than 16 million values.
+    return float(values.sort().values[round(q * (len(values) - 1))])
+
+
+def _print(name: str, rows: dict[str, Any]) -> None:
+    print(
+        f"{name}: relative error against float64 (median, 99%, largest); AUROC in %, points moved"
+    )
+    for precision, row in rows.items():
+        errors = ", ".join(f"{value:.1e}" for value in row["relative_error"].values())
+        areas = ", ".join(f"{kind} {100 * row['auroc'][kind]:.2f}" for kind in SCORES)
+        text = f"  {precision}: {errors}; {areas}"
+        if "moved" in row:
+            moved = ", ".join(f"{100 * row['moved'][kind]:+.3f}" for kind in SCORES)
+            found = row["normal_images"]
+            text += f" ({moved}); held-out normal images: rank correlation "
+            text += f"{found['correlation']:.5f}, median difference {found['difference']:.1e}, "
+            text += f'{"" if found["close"] else "not "}near enough for precision="auto"'
+        print(text, flush=True)
+
+
+def _run(options: argparse.Namespace) -> int:
+    torch.set_num_threads(options.threads)
+    results = {}
+    for name, load in (("MNIST, class 2", _mnist), ("UCSD Ped2, change", _ped2)):
+        train, images, labels = load(options.root, options.images)
+        size = (int(train.shape[2]), int(train.shape[3]))
+        torch.manual_seed(0)
+        model = fastalps.ALPS(size, preset=options.preset)
+        config = fastalps.TrainConfig(
+            epochs=options.epochs, batch_size=32, schedule="cosine", average_decay=0.998,
+            distorter_every=2, device="cpu", seed=0,
+        )  # fmt: skip
+        begin = time.perf_counter()
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+        fitted = fastalps.Trainer(config, progress=False).fit(model, train[order[:6000]])
+        print(f"trained in {time.perf_counter() - begin:.0f} s; {len(images)} test images")
+        results[name] = _compare(fitted.model, train, images, labels)
+        _print(name, results[name])
+    if options.out is not None:
+        record = result_record(
+            "precision", results, seed=0, preset=options.preset, epochs=options.epochs
+        )
+        write_json(options.out, record)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit code."""
+    parser = Parser(
+        prog="bench/precision.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--preset", default="fast", choices=tuple(PRESETS), help="the network (default: fast)"
+    )
+    parser.add_argument("--epochs", type=int, default=3, help="of the trainings (default: 3)")
+    parser.add_argument("--images", type=int, default=4000, help="of MNIST's test (default: 4000)")
+    parser.add_argument("--threads", type=int, default=1, help="of this process (default: 1)")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of the data sets")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the results there")
+    return guarded(lambda: _run(parser.parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
