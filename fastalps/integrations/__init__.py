@@ -1,0 +1,1 @@
+"""Fastalps inside other frameworks; none of them is imported with the package."""
