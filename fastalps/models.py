@@ -342,25 +342,32 @@ class ALPS(nn.Module):
                 self.train()
         return Scores(normal, after, (normal + after) / 2)
 
-    def flops(self) -> int:
-        """Floating-point operations of both scores of one image: two a multiply-add of the dense
-        and convolutional layers, taps on zero borders counted."""
+    def flops(self, passes: str = "both") -> int:
+        """Floating-point operations of the scores of one image.
+
+        Two a multiply-add of the dense and convolutional layers, taps on zero borders counted.
+
+        Args:
+            passes: "both" scores, or "normal" or "perturbed" alone.
+        """
+        _check_choice("passes", passes, ("both", "normal", "perturbed"))
         config = self.config
         sizes = [height * width for height, width in config.map_sizes()]
         total = 0
-        networks = [config.encoder, *([config.distorter] if self.distorter is not None else [])]
+        distorts = self.distorter is not None and passes != "normal"
+        networks = [config.encoder, *([config.distorter] if distorts else [])]
         for widths in networks:
             channels = (config.channels, *widths, config.latent)
             total += sum(
                 9 * a * b * s for (a, b), s in zip(pairwise(channels), sizes[1:], strict=True)
             )
-        passes = 1 if config.perturbation == "none" else 2
+        reconstructions = 2 if passes == "both" and config.perturbation != "none" else 1
         decoder = config.latent * config.decoder[0] * sizes[-1]
         # A stride-2 transposed convolution multiplies at each pixel of its input.
         maps = [*sizes[:0:-1], sizes[0], sizes[0]]
         channels = (*config.decoder, config.channels)
         decoder += sum(9 * a * b * s for (a, b), s in zip(pairwise(channels), maps, strict=True))
-        return 2 * (total + passes * decoder)
+        return 2 * (total + reconstructions * decoder)
 
     def _check(self, images: Tensor) -> None:
         if not images.is_floating_point():

@@ -98,6 +98,11 @@ def test_flops_agree_with_a_counter(preset, perturbation, rng) -> None:
             latents.append(latent + model.distort(x))
         model.decode(torch.cat(latents))
     assert counter.get_total_flops() == 2 * model.flops()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.decode(model.encode(x))
+    assert counter.get_total_flops() == 2 * model.flops("normal")
+    with pytest.raises(ValueError, match="passes: expected one of"):
+        model.flops("average")
 
 
 def test_gradients_reach_every_weight(rng) -> None:
