@@ -227,11 +227,13 @@ def build_cuda(report: bool = False) -> Path:
     plan = Plan("fastalps_cuda")
     # The largest first: it takes longer than all others on the remaining cores.
     sources = (ROOT / "csrc/cuda").glob("*.cu")
-    for source in sorted(sources, key=lambda path: "squared_error" not in path.name):
+    largest = ("fused", "squared_error")
+    for source in sorted(sources, key=lambda path: not path.name.startswith(largest)):
         plan.compile(source, device)
     flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-DUSE_CUDA", TARGET]
     include = [f"-isystem{folder}" for folder in (headers, *toolkit_headers)]
-    plan.compile(ROOT / "csrc/bindings_cuda.cpp", [host, *flags, *include, "-Icsrc"])
+    for name in ("bindings_cuda", "bindings_fused"):
+        plan.compile(ROOT / f"csrc/{name}.cpp", [host, *flags, *include, "-Icsrc"])
     runtime = [f"-L{folder}" for folder in toolkit_libraries]
     runtime += ["-lcudart_static", "-lpthread", "-ldl", "-lrt"]
     return plan.run([host, *shared_flags(libraries, "cuda"), *runtime])

@@ -1,161 +1,116 @@
 """The CUDA library built without a GPU: every kernel for every architecture, and the registration.
 
-One build by setup.py's own functions, in a temporary folder. Run with -s for the table of
-registers.
+One build by setup.py's own functions, in a temporary folder. What each kernel may use is in
+bench/compile_limits.json; `python bench/compile_report.py` prints the table.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
 
 import pytest
 import torch
 
+from bench import compile_report
+from bench.compiled import LIMITS, Row, violations
+from bench.cuda_compile import (
+    ARCHITECTURES,
+    CannotCompile,
+    build_library,
+    declared_kernels,
+    uses,
+)
 from fastalps import ops
 
 ROOT = Path(__file__).parents[1]
 BINDINGS = ROOT / "csrc" / "bindings_cuda.cpp"
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-# kernel -> the most registers of a thread, twice as many for float64. A multiprocessor has 65,536:
-# up to 40, three quarters of its 2,048 threads are resident, up to 64 half of them, enough to hide
-# the latency of the memory that these kernels wait for. None may spill or keep a stack.
-MOST_REGISTERS = {
-    "patch_differences_kernel": 64,
-    "count_flags_kernel": 40,
-    "scan_counts_kernel": 64,
-    "write_index_kernel": 40,
-    "fold_scores_kernel": 40,
-    "fold_scores_backward_kernel": 64,
-    "perturb_latent_kernel": 64,
-    "perturb_latent_backward_kernel": 64,
-    "reduce_partials_kernel": 40,
-    "squared_error_kernel": 64,
-    "squared_error_backward_kernel": 64,
-    "tile_patches_kernel": 64,
-    "tile_patches_any_kernel": 40,
-    "tile_patches_backward_kernel": 64,
-}
-
-
-class Use(NamedTuple):
-    """What ptxas says of one compiled kernel."""
-
-    kernel: str
-    symbol: str
-    architecture: str
-    stack: int
-    spills: int
-    registers: int
-
-
-def build_module() -> ModuleType:
-    """setup.py as a module: its functions, without running it."""
-    pytest.importorskip("setuptools", reason="the package setuptools is not installed")
-    spec = importlib.util.spec_from_file_location("fastalps_setup", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+FUSED = ROOT / "csrc" / "bindings_fused.cpp"
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The CUDA library, freshly built, its build log beside it."""
-    build = build_module()
-    if build.nvcc() is None:
-        pytest.skip("nvcc was not found (install the CUDA toolkit, or set CUDA_HOME)")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "BUILD", tmp_path_factory.mktemp("native"))
-        patch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0")
-        patch.chdir(ROOT)
-        try:
-            return build.build_cuda(report=True)
-        except build.BuildFailure as failure:
-            if "ninja was not found" in str(failure):
-                pytest.skip(str(failure))
-            raise
-
-
-REPORT = re.compile(
-    r"Compiling entry function '(?P<symbol>\w+)' for '(?P<architecture>sm_\d+)'.*?"
-    r"Function properties for (?P=symbol)\s+"
-    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
-    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
-    re.DOTALL,
-)
-
-
-def uses(log: str) -> list[Use]:
-    """Every report of a kernel in the build's log."""
-    found = []
-    for match in REPORT.finditer(log):
-        # An Itanium-mangled name holds each of its parts behind that part's length.
-        name = re.search(r"\d+([a-z_]+_kernel)", match["symbol"])
-        found.append(
-            Use(
-                name[1] if name else match["symbol"],
-                match["symbol"],
-                match["architecture"],
-                int(match["stack"]),
-                int(match["stores"]) + int(match["loads"]),
-                int(match["registers"]),
-            )
-        )
-    return found
+    try:
+        return build_library(tmp_path_factory.mktemp("native"))
+    except CannotCompile as reason:
+        pytest.skip(str(reason))
 
 
 def test_every_kernel_is_listed() -> None:
-    declared = {
-        name
-        for source in (ROOT / "csrc/cuda").glob("*.cu")
-        for name in re.findall(r"(\w+_kernel)\(", source.read_text(encoding="utf-8"))
-    }
-    assert declared == set(MOST_REGISTERS)
+    assert declared_kernels() == set(LIMITS["cuda"])
 
 
-def test_no_spills_and_few_registers(library: Path) -> None:
-    log = library.with_suffix(".log").read_text(encoding="utf-8")
-    reports = uses(log)
-    assert len(reports) == log.count("Compiling entry function") > 0
-    for kernel, most in MOST_REGISTERS.items():
-        for architecture in ARCHITECTURES:
-            mine = [u for u in reports if (u.kernel, u.architecture) == (kernel, architecture)]
-            assert mine, f"{kernel} was not compiled for {architecture}"
-            for double in (False, True):
-                used = [u.registers for u in mine if ("_kernelId" in u.symbol) is double]
-                if not used:
-                    continue
-                dtype = "float64" if double else "others"
-                print(f"| {kernel} | {architecture} | {dtype} | {len(used)} | {max(used)} |")
-                assert all(count <= most * (1 + double) for count in used), (kernel, used)
-    bad = [use for use in reports if use.spills or use.stack]
-    assert not bad, bad
+def test_report(library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every kernel for every architecture, none beyond its limits: no spills, few registers."""
+    log = library.with_suffix(".log")
+    text = log.read_text(encoding="utf-8")
+    assert len(uses(text)) == text.count("Compiling entry function") > 0
+    out = tmp_path / "report.json"
+    code = compile_report.main(["--only", "cuda", "--log", str(log), "--json", str(out)])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    record = json.loads(out.read_text(encoding="utf-8"))
+    assert record["violations"] == []
+    found = {(row["kernel"], row["architecture"]) for row in record["rows"]}
+    assert found == {(k, a) for k in LIMITS["cuda"] for a in ARCHITECTURES}
+    assert said.out.count("\n") == 2 + len(record["rows"])
+    fused = [row for row in record["rows"] if row["kernel"].startswith("fused_")]
+    assert all(row["shared"] > 32 * 1024 for row in fused)
+
+
+def test_violations_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = Row("cuda", "count_flags_kernel", "sm_90", "", 1, 40, 0, 0, 100)
+    assert not list(violations([good, good._replace(registers=80, variant="float64")]))
+    for change, told in (
+        ({"registers": 41}, "41 registers, the limit is 40"),
+        ({"spills": 4}, "4 bytes of spills"),
+        ({"stack": 8}, "8 bytes of stack"),
+        ({"shared": 99999}, "99999 bytes of shared memory"),
+        ({"kernel": "new_kernel"}, "no limit for it"),
+    ):
+        (line,) = violations([good._replace(**change)])
+        assert told in line
+    # A build that lacks kernels, and one of which spills.
+    log = tmp_path / "build.log"
+    log.write_text(
+        "ptxas info    : Compiling entry function '_Z18count_flags_kernelv' for 'sm_90'\n"
+        "ptxas info    : Function properties for _Z18count_flags_kernelv\n"
+        "    0 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads\n"
+        "ptxas info    : Used 36 registers, used 1 barriers, 64 bytes smem\n",
+        encoding="utf-8",
+    )
+    assert compile_report.main(["--only", "cuda", "--log", str(log)]) == 1
+    said = capsys.readouterr().err
+    assert "count_flags_kernel on sm_90: 20 bytes of spills, the limit is 0" in said
+    assert "cuda fused_encode_kernel was not compiled for sm_80" in said
+
+
+@pytest.mark.parametrize("source", [BINDINGS, FUSED], ids=lambda path: path.stem)
+def test_bindings_use_the_stable_abi(source: Path) -> None:
+    text = source.read_text(encoding="utf-8")
+    assert "STABLE_TORCH_LIBRARY_IMPL(fastalps, CUDA, m)" in text
+    included = re.findall(r"#include <(torch/[^>]+)>", text)
+    stable = ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/c/")
+    assert all(header.startswith(stable) for header in included), included
 
 
 def test_bindings_register_every_op() -> None:
-    source = BINDINGS.read_text(encoding="utf-8")
-    registered = re.findall(r'm\.impl\(\s*"(\w+)"', source)
+    registered = re.findall(r'm\.impl\(\s*"(\w+)"', BINDINGS.read_text(encoding="utf-8"))
     assert sorted(registered) == sorted(ops.SCHEMAS)
-    assert "STABLE_TORCH_LIBRARY_IMPL(fastalps, CUDA, m)" in source
-    included = re.findall(r"#include <(torch/[^>]+)>", source)
-    stable = ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/c/")
-    assert all(header.startswith(stable) for header in included), included
 
 
 LOADS = """
 import ctypes, sys
 import torch
-from fastalps import ops
+from fastalps import fused, ops
 ctypes.CDLL(sys.argv[2], mode=ctypes.RTLD_GLOBAL)
 torch.ops.load_library(sys.argv[1])
-for name in ops.SCHEMAS:
+for name in (*ops.SCHEMAS, "fused_errors"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastalps::{name}", "CUDA"), name
 print("loaded")
 """

@@ -151,10 +151,8 @@ bool reads_units(const FrameView& frames, const Matrix& background, const PatchG
 
 int64_t active_tiles(int64_t patches) { return ceil_divide(patches, kTile); }
 
-cudaError_t active_count(const FrameView& frames, const Matrix& background, const PatchGrid& grid,
-                         int64_t limit, uint8_t* flags, int64_t* offsets, int64_t* kept_count,
-                         cudaStream_t stream) {
-  *kept_count = 0;
+cudaError_t active_flags(const FrameView& frames, const Matrix& background, const PatchGrid& grid,
+                         int64_t limit, uint8_t* flags, int64_t* offsets, cudaStream_t stream) {
   const int64_t patches = frames.frames * grid.count();
   if (patches == 0) return cudaSuccess;
   if (grid.patch_pixels() >= int64_t{1} << 31) return cudaErrorInvalidValue;
@@ -190,9 +188,19 @@ cudaError_t active_count(const FrameView& frames, const Matrix& background, cons
   count_flags_kernel<<<grid_blocks(tiles), kThreads, 0, stream>>>(flags, patches, tiles, offsets);
   if ((status = cudaGetLastError()) != cudaSuccess) return status;
   scan_counts_kernel<<<1, kThreads, 0, stream>>>(offsets, tiles);
-  if ((status = cudaGetLastError()) != cudaSuccess) return status;
-  status =
-      cudaMemcpyAsync(kept_count, offsets + tiles, sizeof(int64_t), cudaMemcpyDeviceToHost, stream);
+  return cudaGetLastError();
+}
+
+cudaError_t active_count(const FrameView& frames, const Matrix& background, const PatchGrid& grid,
+                         int64_t limit, uint8_t* flags, int64_t* offsets, int64_t* kept_count,
+                         cudaStream_t stream) {
+  *kept_count = 0;
+  const int64_t patches = frames.frames * grid.count();
+  if (patches == 0) return cudaSuccess;
+  cudaError_t status = active_flags(frames, background, grid, limit, flags, offsets, stream);
+  if (status != cudaSuccess) return status;
+  status = cudaMemcpyAsync(kept_count, offsets + active_tiles(patches), sizeof(int64_t),
+                           cudaMemcpyDeviceToHost, stream);
   if (status != cudaSuccess) return status;
   return cudaStreamSynchronize(stream);
 }

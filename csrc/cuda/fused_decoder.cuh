@@ -223,10 +223,11 @@ FASTALPS_DEVICE void decode(const Work& work, const uint2* weights, const float*
   const float* const fourth_bias = biases + S::kThird;
   const float* const fifth_bias = fourth_bias + S::kFourth;
   const float last_bias = read_only(fifth_bias + S::kFifth);
+  const int rows = patches_of(work) * work.passes;
+  if (block_index() >= rows) return;
   copy_chunks(shared, weights, S::kEvenAt);
   if (thread_index() < kChunkBytes) zero[thread_index()] = 0;
 
-  const int rows = patches_of(work) * work.passes;
   for (int row = block_index(); row < rows; row += block_count()) {
     using Input = typename S::InputMap;
     const uint4* const source = reinterpret_cast<const uint4*>(work.maps) +

@@ -35,13 +35,14 @@ FASTALPS_DEVICE void encode(const Work& work, const uint2* weights, const float*
   uint16_t* const image = reinterpret_cast<uint16_t*>(shared + S::kImageAt);
   unsigned char* const zero = shared + S::kZeroAt;
   const uint2* const resident = reinterpret_cast<const uint2*>(shared);
+  const int patches = patches_of(work);
+  if (block_index() >= patches) return;
   copy_chunks(shared, weights, S::kMapAt);
   for (int cell = thread_index(); cell < (S::kSharedBytes - S::kImageAt) / 2; cell += kBlock) {
     image[cell] = 0;  // The image's border and the chunk of zeros.
   }
   barrier();
 
-  const int patches = patches_of(work);
   for (int number = block_index(); number < patches; number += block_count()) {
     // Nobody reads the last patch's image any more: its second layer came after a barrier.
     const Patch patch = find_patch(work, number);

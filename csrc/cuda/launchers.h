@@ -101,14 +101,18 @@ cudaError_t squared_error_backward(const RowPlan& plan, const ErrorPair& pair, c
                                    void* output, cudaStream_t stream);
 
 // Finds the patches of uint8 frames whose sum of absolute differences from the background is above
-// `limit`. Scratch: `flags` N * P bytes, `offsets` active_tiles(N * P) + 1 values. Synchronises the
-// stream and writes the number of patches kept.
+// `limit`: flags (N * P bytes), and the offsets of tiles of flags (active_tiles(N * P) + 1 values,
+// the last one the number of patches kept).
 int64_t active_tiles(int64_t patches);
+cudaError_t active_flags(const FrameView& frames, const Matrix& background, const PatchGrid& grid,
+                         int64_t limit, uint8_t* flags, int64_t* offsets, cudaStream_t stream);
+
+// The same, and synchronises the stream to tell the host the number of patches kept.
 cudaError_t active_count(const FrameView& frames, const Matrix& background, const PatchGrid& grid,
                          int64_t limit, uint8_t* flags, int64_t* offsets, int64_t* kept_count,
                          cudaStream_t stream);
 
-// After active_count: writes the (frame, patch) pairs of the patches kept, in order.
+// After either: writes the (frame, patch) pairs of the patches kept, in order.
 cudaError_t active_index(const uint8_t* flags, const int64_t* offsets, int64_t patches,
                          int64_t patches_per_frame, int64_t* kept, cudaStream_t stream);
 

@@ -1,0 +1,176 @@
+"""The CUDA library built without a GPU, and what ptxas and the shapes say of each kernel."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+from bench.compiled import Row
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+
+
+class CannotCompile(Exception):
+    """A tool is absent here; the text says which in one line."""
+
+
+class Use(NamedTuple):
+    """What ptxas says of one compiled kernel; bytes but for `registers` of a thread."""
+
+    kernel: str
+    symbol: str
+    architecture: str
+    stack: int
+    spills: int
+    registers: int
+    shared: int  # Dynamic shared memory is asked for by the launch, and not counted here.
+
+    @property
+    def variant(self) -> str:
+        """Kernels of doubles may use twice the registers."""
+        return "float64" if "_kernelId" in self.symbol else ""
+
+
+def build_module() -> ModuleType:
+    """setup.py as a module: its functions, without running it."""
+    if importlib.util.find_spec("setuptools") is None:
+        raise CannotCompile("the package setuptools is not installed")
+    spec = importlib.util.spec_from_file_location("fastalps_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def _building_here() -> Iterator[None]:
+    """setup.py names its sources from the repository's root, and takes architectures from the
+    environment."""
+    folder, chosen = Path.cwd(), os.environ.get("TORCH_CUDA_ARCH_LIST")
+    os.chdir(ROOT)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;9.0;10.0"
+    try:
+        yield
+    finally:
+        os.chdir(folder)
+        if chosen is None:
+            del os.environ["TORCH_CUDA_ARCH_LIST"]
+        else:
+            os.environ["TORCH_CUDA_ARCH_LIST"] = chosen
+
+
+def build_library(folder: Path) -> Path:
+    """Builds every kernel for every architecture into `folder`; the build's log is beside it.
+
+    Raises:
+        CannotCompile: nvcc, ninja, torch or setuptools is absent.
+    """
+    build = build_module()
+    if build.nvcc() is None:
+        raise CannotCompile("nvcc was not found (install the CUDA toolkit, or set CUDA_HOME)")
+    build.BUILD = folder
+    with _building_here():
+        try:
+            return build.build_cuda(report=True)
+        except build.BuildFailure as failure:
+            if "ninja was not found" in str(failure) or "torch is not installed" in str(failure):
+                raise CannotCompile(str(failure)) from None
+            raise
+
+
+REPORT = re.compile(
+    r"Compiling entry function '(?P<symbol>\w+)' for '(?P<architecture>sm_\d+)'.*?"
+    r"Function properties for (?P=symbol)\s+"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+
+
+def uses(log: str) -> list[Use]:
+    """Every report of a kernel in the build's log."""
+    found = []
+    for match in REPORT.finditer(log):
+        # An Itanium-mangled name holds each of its parts behind that part's length.
+        name = re.search(r"\d+([a-z_]+_kernel)", match["symbol"])
+        shared = re.search(r"(\d+) bytes smem", match["rest"])
+        found.append(
+            Use(
+                name[1] if name else match["symbol"],
+                match["symbol"],
+                match["architecture"],
+                int(match["stack"]),
+                int(match["stores"]) + int(match["loads"]),
+                int(match["registers"]),
+                int(shared[1]) if shared else 0,
+            )
+        )
+    return found
+
+
+def declared_kernels() -> set[str]:
+    """The kernels that the sources define."""
+    return {
+        name
+        for source in (ROOT / "csrc/cuda").glob("*.cu")
+        for name in re.findall(r"(\w+_kernel)\(", source.read_text(encoding="utf-8"))
+    }
+
+
+SHARED_PROGRAM = """
+#include <algorithm>
+#include <cstdio>
+#include "fused_index.h"
+int main() {
+  int most[4] = {};
+  for (int64_t shape = 0; fastalps::cuda::fused::with_shape(shape, [&](auto named) {
+         using S = decltype(named);
+         const int bytes[] = {S::Encode::kSharedBytes, S::Latent::kSharedBytes,
+                              S::Expand::kSharedBytes, S::Decode::kSharedBytes};
+         for (int i = 0; i < 4; ++i) most[i] = std::max(most[i], bytes[i]);
+       });
+       ++shape) {
+  }
+  std::printf("%d %d %d %d", most[0], most[1], most[2], most[3]);
+}
+"""
+
+
+def fused_shared(folder: Path) -> dict[str, int]:
+    """Dynamic shared memory of the fused kernels, the most of all shapes, from their own header."""
+    source, program = folder / "shared.cpp", folder / "shared"
+    source.write_text(SHARED_PROGRAM, encoding="utf-8")
+    include = f"-I{ROOT / 'csrc/cuda'}"
+    command = [build_module().cxx(), "-std=c++20", include, str(source), "-o", str(program)]
+    subprocess.run(command, check=True)
+    said = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
+    names = ("encode", "latent", "expand", "decode")
+    return {f"fused_{n}_kernel": int(b) for n, b in zip(names, said.split(), strict=True)}
+
+
+def cuda_rows(log: str, folder: Path) -> list[Row]:
+    """The build's log as lines of the report; `folder` is for files that are made on the way."""
+    dynamic = fused_shared(folder)
+    groups: dict[tuple[str, str, str], list[Use]] = {}
+    for use in uses(log):
+        groups.setdefault((use.kernel, use.architecture, use.variant), []).append(use)
+    return [
+        Row(
+            "cuda",
+            *key,
+            len(group),
+            max(use.registers for use in group),
+            max(use.spills for use in group),
+            max(use.stack for use in group),
+            max(use.shared for use in group) + dynamic.get(key[0], 0),
+        )
+        for key, group in sorted(groups.items())
+    ]

@@ -1,0 +1,123 @@
+// Registers the fused scoring kernels with torch: the stable ABI only. The schema is defined in
+// fastalps/fused.py. Nothing here allocates or waits for the device, so a CUDA graph captures it.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <limits>
+#include <optional>
+
+#include "arguments.h"
+#include "cuda/fused.h"
+
+namespace fastalps {
+namespace {
+
+using MaybeTensor = std::optional<Tensor>;
+
+constexpr int64_t kAlignment = 16;
+
+void check_cuda(cudaError_t status) {
+  STD_TORCH_CHECK(status == cudaSuccess, "fused_errors: ", cudaGetErrorString(status));
+}
+
+void check_buffer(const Tensor& tensor, ScalarType type, int64_t least, int32_t device,
+                  const char* name) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device &&
+                      tensor.scalar_type() == type && tensor.is_contiguous() &&
+                      tensor.numel() >= least,
+                  "fused_errors: ", name, " has the wrong device, dtype, layout or size");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kAlignment == 0,
+                  "fused_errors: ", name, " is not aligned to 16 bytes");
+}
+
+// `scratch` (bytes): the maps and latents of `chunk` patches. With a background: `flags` (uint8, a
+// patch each) and `places` (int64: offsets of the tiles of flags, then pairs of frame and patch).
+void fused_errors(Tensor frames, MaybeTensor background, double threshold, Sizes stride, bool cover,
+                  int64_t shape, Tensor weights, Tensor biases, int64_t bound, double slope,
+                  double strength, bool normal, bool perturbed, int64_t chunk, Tensor scratch,
+                  MaybeTensor flags, MaybeTensor places, Tensor errors) {
+  cuda::FusedSizes sizes{};
+  STD_TORCH_CHECK(cuda::fused_sizes(shape, &sizes), "fused_errors: there is no shape ", shape);
+  STD_TORCH_CHECK(
+      frames.is_cuda() && frames.dim() == 3 &&
+          (frames.scalar_type() == ScalarType::Byte || frames.scalar_type() == ScalarType::Float),
+      "fused_errors: expected uint8 or float32 frames (N, H, W) on a CUDA device");
+  STD_TORCH_CHECK(normal || perturbed, "fused_errors: expected a pass to run");
+  STD_TORCH_CHECK(bound >= 0 && bound <= 2, "fused_errors: there is no bound ", bound);
+  const Sizes patch = {sizes.side, sizes.side};
+  check_grid(frames.size(1), frames.size(2), patch, stride);
+  const auto grid = cuda::make_patch_grid(frames.size(1), frames.size(2), sizes.side, sizes.side,
+                                          stride[0], stride[1], cover);
+  const int64_t passes = normal && perturbed ? 2 : 1;
+  const int64_t total = frames.size(0) * grid.count();
+  STD_TORCH_CHECK(total <= std::numeric_limits<int32_t>::max() / 2,
+                  "fused_errors: expected less than 2^30 patches");
+  STD_TORCH_CHECK(chunk > 0 && chunk <= std::numeric_limits<int32_t>::max() / 2,
+                  "fused_errors: expected a chunk of 1 to 2^30 patches");
+
+  const int32_t device = frames.get_device_index();
+  const int64_t map_bytes = chunk * sizes.map_bytes;
+  check_buffer(weights, ScalarType::BFloat16, 128 * sizes.fragments, device, "weights");
+  check_buffer(biases, ScalarType::Float, sizes.biases, device, "biases");
+  check_buffer(scratch, ScalarType::Byte, map_bytes + chunk * passes * sizes.latent_bytes, device,
+               "scratch");
+  check_buffer(errors, ScalarType::Float, passes * total, device, "errors");
+  STD_TORCH_CHECK(weights.numel() == 128 * sizes.fragments && biases.numel() == sizes.biases &&
+                      errors.numel() == passes * total,
+                  "fused_errors: weights, biases or errors are of another shape");
+  if (total == 0) return;
+
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* current = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
+  const auto stream = static_cast<cudaStream_t>(current);
+  const cuda::FrameView view = {
+      frames.const_data_ptr(), dtype_of(frames), frames.size(0), 1, frames.stride(0), 0,
+      frames.stride(1),        frames.stride(2)};
+  auto* const maps = static_cast<uint8_t*>(scratch.mutable_data_ptr());
+  cuda::FusedCall call = {view,
+                          grid,
+                          nullptr,
+                          nullptr,
+                          shape,
+                          weights.const_data_ptr(),
+                          static_cast<const float*>(biases.const_data_ptr()),
+                          static_cast<int32_t>(bound),
+                          static_cast<float>(slope),
+                          static_cast<float>(strength),
+                          normal,
+                          perturbed,
+                          chunk,
+                          maps,
+                          maps + map_bytes,
+                          static_cast<float*>(errors.mutable_data_ptr())};
+  if (background) {
+    STD_TORCH_CHECK(flags && places, "fused_errors: a background needs flags and places");
+    check_activity(frames, *background);
+    STD_TORCH_CHECK(background->is_cuda() && background->get_device_index() == device,
+                    "fused_errors: the background is on another device");
+    const int64_t tiles = cuda::active_tiles(total);
+    check_buffer(*flags, ScalarType::Byte, total, device, "flags");
+    check_buffer(*places, ScalarType::Long, tiles + 1 + 2 * total, device, "places");
+    auto* const marked = static_cast<uint8_t*>(flags->mutable_data_ptr());
+    auto* const offsets = static_cast<int64_t*>(places->mutable_data_ptr());
+    int64_t* const pairs = offsets + tiles + 1;
+    const cuda::Matrix still = {background->const_data_ptr(), background->stride(0),
+                                background->stride(1)};
+    check_cuda(cuda::active_flags(view, still, grid, activity_limit(threshold, grid.patch_pixels()),
+                                  marked, offsets, stream));
+    check_cuda(cuda::active_index(marked, offsets, total, grid.count(), pairs, stream));
+    call.index = pairs;
+    call.count = offsets + tiles;
+  }
+  check_cuda(cuda::fused_errors(call, stream));
+}
+
+}  // namespace
+}  // namespace fastalps
+
+STABLE_TORCH_LIBRARY_IMPL(fastalps, CUDA, m) {
+  m.impl("fused_errors", TORCH_BOX(&fastalps::fused_errors));
+}

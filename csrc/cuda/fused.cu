@@ -1,0 +1,166 @@
+// The fused scoring kernels and their launches: frames to errors by four kernels a chunk.
+#include "device.h"
+#include "fused.h"
+#include "fused_decoder.cuh"
+#include "fused_encoder.cuh"
+
+namespace fastalps::cuda {
+namespace {
+
+using namespace fused;
+
+extern __shared__ uint4 fused_memory[];
+
+__device__ __forceinline__ unsigned char* shared_bytes() {
+  return reinterpret_cast<unsigned char*>(fused_memory);
+}
+
+// Blocks that a multiprocessor has to hold: what its 228 KiB of shared memory leave room for
+// (compute capability 9.0 and 10.0; each block takes 1 KiB more than it asks for), at most three.
+// Not told, ptxas trims registers to reach the next step of occupancy, and spills to get there.
+template <class S>
+constexpr int kResident = std::max(1, std::min(3, 228 * 1024 / (S::kSharedBytes + 1024)));
+
+template <class S>
+__global__ void __launch_bounds__(kBlock, kResident<S>)
+    fused_encode_kernel(const __grid_constant__ Work work, const uint2* __restrict__ weights,
+                        const float* __restrict__ biases) {
+  encode<S>(work, weights, biases, shared_bytes());
+}
+
+template <class S>
+__global__ void __launch_bounds__(kBlock, 1)
+    fused_latent_kernel(const __grid_constant__ Work work, const uint2* __restrict__ weights,
+                        const float* __restrict__ biases) {
+  make_latents<S>(work, weights, biases, shared_bytes());
+}
+
+template <class S>
+__global__ void __launch_bounds__(kBlock, 1)
+    fused_expand_kernel(const __grid_constant__ Work work, const uint2* __restrict__ weights,
+                        const float* __restrict__ biases) {
+  expand<S>(work, weights, biases, shared_bytes());
+}
+
+// Two, whatever the shared memory leaves: the narrow networks' D would spill at three.
+template <class S>
+__global__ void __launch_bounds__(kBlock, std::min(2, kResident<S>))
+    fused_decode_kernel(const __grid_constant__ Work work, const uint2* __restrict__ weights,
+                        const float* __restrict__ biases) {
+  decode<S>(work, weights, biases, shared_bytes());
+}
+
+using Kernel = void (*)(Work, const uint2*, const float*);
+
+// A kernel, where its weights and biases are, and how many blocks of it the device holds.
+struct Stage {
+  Kernel kernel;
+  int shared;
+  int64_t weights_at, bias_at;
+  int resident = 0;
+
+  // More than 48 KiB of shared memory has to be asked for. Neither call is of a stream, so a graph
+  // may be captured meanwhile.
+  cudaError_t prepare() {
+    cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (status != cudaSuccess) return status;
+    int per_multiprocessor = 0;
+    status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kBlock,
+                                                           static_cast<size_t>(shared));
+    resident = std::max(1, per_multiprocessor) * multiprocessors();
+    return status;
+  }
+
+  cudaError_t launch(const Work& work, int64_t blocks, cudaStream_t stream) const {
+    const unsigned grid = static_cast<unsigned>(std::min<int64_t>(blocks, resident));
+    kernel<<<grid, kBlock, static_cast<size_t>(shared), stream>>>(
+        work, work.weights + weights_at * kLanes, work.biases + bias_at);
+    return cudaGetLastError();
+  }
+};
+
+template <class S>
+std::array<Stage, 4> stages_of() {
+  return {{{fused_encode_kernel<typename S::Encode>, S::Encode::kSharedBytes, 0, 0},
+           {fused_latent_kernel<typename S::Latent>, S::Latent::kSharedBytes, S::kLatentAt,
+            S::kLatentBias},
+           {fused_expand_kernel<typename S::Expand>, S::Expand::kSharedBytes, S::kExpandAt,
+            S::kExpandBias},
+           {fused_decode_kernel<typename S::Decode>, S::Decode::kSharedBytes, S::kDecodeAt,
+            S::kDecodeBias}}};
+}
+
+Work work_of(const FusedCall& call) {
+  const PatchGrid& grid = call.grid;
+  Work work{};
+  work.source = {call.frames.data,
+                 call.frames.dtype == DType::kUInt8,
+                 call.frames.frame_stride,
+                 call.frames.row_stride,
+                 call.frames.column_stride,
+                 static_cast<uint32_t>(grid.count()),
+                 static_cast<uint32_t>(grid.columns),
+                 std::min(grid.stride_height, grid.height),
+                 std::min(grid.stride_width, grid.width),
+                 grid.height - grid.patch_height,
+                 grid.width - grid.patch_width,
+                 call.frames.frames * grid.count(),
+                 call.index,
+                 call.count};
+  work.networks = call.perturbed ? 2 : 1;
+  work.passes = call.normal && call.perturbed ? 2 : 1;
+  work.first_perturbed = !call.normal;
+  work.bound = static_cast<Bound>(call.bound);
+  work.slope = call.slope;
+  work.strength = call.strength;
+  work.weights = static_cast<const uint2*>(call.weights);
+  work.biases = call.biases;
+  work.maps = static_cast<unsigned char*>(call.maps);
+  work.latents = static_cast<unsigned char*>(call.latents);
+  work.errors = call.errors;
+  return work;
+}
+
+cudaError_t run_stages(const FusedCall& call, std::array<Stage, 4> stages, cudaStream_t stream) {
+  Work work = work_of(call);
+  const int64_t total = work.source.total;
+  if (total == 0) return cudaSuccess;
+  cudaError_t status;
+  for (Stage& stage : stages) {
+    if ((status = stage.prepare()) != cudaSuccess) return status;
+  }
+  if (call.index != nullptr) {
+    const size_t bytes = static_cast<size_t>(work.passes * total) * sizeof(float);
+    if ((status = cudaMemsetAsync(call.errors, 0, bytes, stream)) != cudaSuccess) return status;
+  }
+  for (; work.begin < total; work.begin += call.chunk) {
+    work.size = static_cast<int32_t>(std::min(call.chunk, total - work.begin));
+    const int64_t rows = int64_t{work.size} * work.passes;
+    const int64_t blocks[] = {work.size, ceil_divide(work.size, kTileRows),
+                              ceil_divide(rows, kTileRows), rows};
+    for (size_t i = 0; i < stages.size(); ++i) {
+      if ((status = stages[i].launch(work, blocks[i], stream)) != cudaSuccess) return status;
+    }
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+bool fused_sizes(int64_t shape, FusedSizes* sizes) {
+  return with_shape(shape, [&](auto named) {
+    using S = decltype(named);
+    *sizes = {S::Encode::kSize, S::kFragments, S::kBiases, 2 * S::kMapValues,
+              2 * S::Latent::kLatent};
+  });
+}
+
+cudaError_t fused_errors(const FusedCall& call, cudaStream_t stream) {
+  cudaError_t status = cudaErrorInvalidValue;
+  with_shape(call.shape,
+             [&](auto named) { status = run_stages(call, stages_of<decltype(named)>(), stream); });
+  return status;
+}
+
+}  // namespace fastalps::cuda

@@ -1,0 +1,184 @@
+"""Whole-network scoring on CUDA devices: frames in, one error a patch and pass out.
+
+Four kernels of `csrc/cuda/fused*`, over chunks of patches whose maps stay in the L2 cache: E (the
+first two convolutions), M in two halves (the latents; the dense layer and two transposed
+convolutions) and D (the last four layers, sigmoid and squared error). Weights and maps are bf16,
+sums float32, errors float32. No patch is copied and no reconstruction is stored.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastalps import backends, ops
+from fastalps.fused_packing import SHAPES, pack_fused, shape_number, sizes
+from fastalps.inference import Cut, Passes
+from fastalps.inputs import unit_pixels
+from fastalps.models import ALPS, BOUNDS, ModelConfig
+
+# Patches a block of the first half of M: a chunk gives each multiprocessor one block.
+BLOCK_PATCHES = 16
+# Flags that one step of the motion gate's scan covers: kTile of csrc/cuda/active_patches.cu.
+GATE_TILE = 4096
+# Patches of one native call: csrc/bindings_fused.cpp counts them in 32 bits.
+MOST_PATCHES = 1 << 29
+
+_library = torch.library.Library("fastalps", "FRAGMENT")
+_library.define(
+    "fused_errors(Tensor frames, Tensor? background, float threshold, int[2] stride, bool cover, "
+    "int shape, Tensor weights, Tensor biases, int bound, float slope, float strength, "
+    "bool normal, bool perturbed, int chunk, Tensor(a!) scratch, Tensor(b!)? flags, "
+    "Tensor(c!)? places, Tensor(d!) errors) -> ()"
+)
+torch.library.register_fake("fastalps::fused_errors", lambda *arguments: None, lib=_library)
+
+
+def why_not(config: ModelConfig, device: torch.device, precision: str) -> str:
+    """Why the fused kernels cannot score with this model, device and precision; empty if they can.
+
+    Args:
+        config: of the model.
+        device: where to run.
+        precision: "bf16" is the only one that they have.
+    """
+    if device.type != "cuda":
+        return f"the fused kernels run on CUDA devices, not on {device.type}"
+    if precision != "bf16":
+        return f"the fused kernels compute in bf16, not in {precision}"
+    if config.perturbation == "noise":
+        return "the fused kernels draw no noise for a perturbation"
+    if shape_number(config) is None:
+        known = ", ".join(f"{preset} at {side} x {side}" for preset, side in SHAPES)
+        return (
+            f"the fused kernels are compiled for one channel and the widths of {known}, not for "
+            f"{config.preset} with latent {config.latent}, {config.channels} channel(s) and images "
+            f"of {config.image_size[0]} x {config.image_size[1]}"
+        )
+    native = backends.load_native("cuda")
+    if not native.available:
+        return native.reason
+    capability = torch.cuda.get_device_capability(device)
+    # 163 KiB of shared memory a block, which smaller chips of these generations lack.
+    if capability != (8, 0) and capability[0] not in (9, 10):
+        number = ".".join(map(str, capability))
+        return f"the fused kernels need compute capability 8.0, 9.x or 10.x, not {number}"
+    return ""
+
+
+class FusedEngine:
+    """Errors of images and frames under a private, packed copy of an ALPS model, on a GPU.
+
+    Calls allocate their outputs and scratch memory (one patch takes about 17 KB of it, for at most
+    16 patches a multiprocessor) from torch's allocator and never wait for the device, so that
+    `torch.cuda.graph` captures them, with a motion gate, too. A score does not depend on the other
+    patches of the call.
+
+    Args:
+        model: an `fastalps.ALPS` that `why_not` has nothing against; copied.
+        device: a CUDA device.
+
+    Raises:
+        ValueError: a model of another shape.
+    """
+
+    def __init__(self, model: ALPS, device: torch.device) -> None:
+        self.device = device
+        self.config = model.config
+        shape = shape_number(model.config)
+        if shape is None or model.config.perturbation == "noise":
+            raise ValueError(f"model: the fused kernels do not cover {model.config}")
+        self.shape = shape
+        self.weights, self.biases = (part.to(device) for part in pack_fused(model))
+        count = torch.cuda.get_device_properties(device).multi_processor_count
+        self.chunk = BLOCK_PATCHES * count
+
+    def update(self, model: ALPS) -> None:
+        """Takes another model's weights in place: graphs that were captured use them, too.
+
+        Args:
+            model: of the same configuration.
+
+        Raises:
+            ValueError: another configuration.
+        """
+        if model.config != self.config:
+            raise ValueError(f"model: expected the configuration {self.config}, got {model.config}")
+        packed = pack_fused(model)
+        self.weights.copy_(packed.weights)
+        self.biases.copy_(packed.biases)
+
+    def errors(self, images: Tensor, passes: Passes) -> Tensor:
+        """Mean squared errors of the reconstructions.
+
+        Args:
+            images: (N, 1, H, W) on the device, uint8 (0 to 255) or floating (0 to 1), any strides;
+                N may be 0.
+            passes: "normal", "perturbed" or "both".
+
+        Returns:
+            (1, N) float32, or (2, N) for "both": normal, then perturbed.
+        """
+        size = self.config.image_size
+        pieces = [
+            self.frame_errors(part, (size, size, "drop"), passes)[0].flatten(1)
+            for part in images.split(MOST_PATCHES)
+        ]
+        return torch.cat(pieces, 1)
+
+    @torch.inference_mode()
+    def frame_errors(
+        self,
+        frames: Tensor,
+        cut: Cut,
+        passes: Passes,
+        background: Tensor | None = None,
+        threshold: float = 0.0,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Errors of the patches of frames; with a background, of those that differ from it.
+
+        Args:
+            frames: (N, H, W) or (N, 1, H, W), as for `errors`; uint8 with a background. Less than
+                2^30 patches.
+            cut: patch size, stride and edge.
+            passes: see `errors`.
+            background: uint8 (H, W) of the motion gate, on the device; None = every patch is
+                scored.
+            threshold: of the gate, see `fastalps.ops.active_patches`.
+
+        Returns:
+            errors (rows, N, P) float32, 0 where the gate dropped the patch, and kept bool (N, P),
+            or None without a background.
+        """
+        if frames.dim() == 4:
+            frames = frames[:, 0]
+        if frames.dtype not in (torch.uint8, torch.float32):
+            frames = unit_pixels(frames)
+        _, stride, edge = cut
+        rows, columns = ops.patch_grid(frames.shape[1:], *cut)
+        shape = (frames.shape[0], len(rows) * len(columns))
+        total = shape[0] * shape[1]
+        config = self.config
+        single = config.perturbation == "none"  # Both passes are the same.
+        normal, perturbed = single or passes != "perturbed", not single and passes != "normal"
+        count = 2 if normal and perturbed else 1
+        chunk = max(1, min(self.chunk, total))
+        maps, latent = sizes(config)
+        scratch = self._empty(2 * chunk * (maps + count * latent), torch.uint8)
+        errors = torch.empty(count, *shape, dtype=torch.float32, device=self.device)
+        flags = places = None
+        if background is not None:
+            flags = self._empty(total, torch.uint8)
+            places = self._empty(-(-total // GATE_TILE) + 1 + 2 * total, torch.int64)
+        torch.ops.fastalps.fused_errors(
+            frames, background, float(threshold), stride, edge != "drop",
+            self.shape, self.weights, self.biases, BOUNDS.index(config.bound),
+            config.negative_slope, config.strength, normal, perturbed, chunk,
+            scratch, flags, places, errors,
+        )  # fmt: skip
+        if single and passes == "both":
+            errors = errors.repeat(2, 1, 1)
+        return errors, None if flags is None else flags.view(shape) != 0
+
+    def _empty(self, count: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(count, dtype=dtype, device=self.device)
