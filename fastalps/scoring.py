@@ -17,6 +17,8 @@ from fastalps.chunks import PATCH_BYTES, plan_chunks
 from fastalps.engine import Engine, log_layer_by_layer, why_not
 from fastalps.frame_errors import Network, frame_errors
 from fastalps.frame_scores import FrameScores, check_frame_reduce, reduce_patches
+from fastalps.fused import FusedEngine
+from fastalps.fused import why_not as why_not_fused
 from fastalps.gate import STREAM_SAMPLES, MotionGate, StreamingBackground, clip_background
 from fastalps.inference import (
     LayerByLayer,
@@ -54,8 +56,9 @@ class Scorer:
     for every image, so only its normal score is the same twice.
 
     On CPUs the model runs in the whole-network engine (`fastalps.engine`) where the C++ kernels are
-    there and no other backend was asked for; else the model runs layer by layer, for a reason that
-    the logger "fastalps" tells once.
+    there and no other backend was asked for; on CUDA devices, in bf16, in the fused kernels
+    (`fastalps.fused`) where they were compiled for its shape. Else it runs layer by layer, for a
+    reason that the logger "fastalps" tells once.
 
     Args:
         model: an `fastalps.ALPS`.
@@ -73,7 +76,7 @@ class Scorer:
         frame_reduce: how a frame's score comes from its patches: "max", "mean" or "topk".
         top_k: patches averaged by "topk".
         batch_size: images or patches a network call, layer by layer; None = chosen by image size
-            and device. The engine chooses for itself.
+            and device. The engine and the fused kernels choose for themselves.
         device: where to run; None = where the model is.
 
     Raises:
@@ -161,19 +164,31 @@ class Scorer:
         """Takes the model's present weights."""
         self._copy: ALPS = copy.deepcopy(self.model)
         self._layers: LayerByLayer | None = None
-        reason = why_not(self.model.config, self.device, self.precision)
-        found = self._copy.quantization
-        self._engine = None
-        if not reason:
-            ranges = None if found is None else found.ranges
-            self._engine = Engine(self._copy, precision=self.precision, ranges=ranges)
-        if reason and self.device.type == "cpu":
-            log_layer_by_layer(reason)
+        self._engine = self._make_engine()
+
+    def _make_engine(self) -> Engine | FusedEngine | None:
+        """What scores with the whole network in one call; None, and the reason logged, without."""
+        if self.device.type == "cuda":
+            reason = why_not_fused(self.model.config, self.device, self.precision)
+            if not reason:
+                return FusedEngine(self._copy, self.device)
+        else:
+            reason = why_not(self.model.config, self.device, self.precision)
+            if not reason:
+                found = self._copy.quantization
+                ranges = None if found is None else found.ranges
+                return Engine(self._copy, precision=self.precision, ranges=ranges)
+        log_layer_by_layer(reason)
+        return None
 
     @property
     def method(self) -> str:
-        """How scores are computed now: "engine" (the whole network in one call) or "layers"."""
-        return "engine" if isinstance(self._network(), Engine) else "layers"
+        """How scores are computed now: "engine" (the whole network in one call, on CPUs), "fused"
+        (the same on CUDA devices) or "layers"."""
+        network = self._network()
+        if isinstance(network, Engine):
+            return "engine"
+        return "fused" if isinstance(network, FusedEngine) else "layers"
 
     def _network(self) -> Network:
         """The engine where it covers the model and the backend asked for, else layer by layer."""

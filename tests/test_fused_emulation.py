@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import ctypes
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastalps import ALPS, ops
-from fastalps.fused_packing import SHAPES, pack_fused, shape_number, sizes
+from fastalps.fused import FusedEngine
+from fastalps.fused_packing import SHAPES, PackedWeights, pack_fused, shape_number, sizes
 from fastalps.inference import fold_batch_norm
+from fastalps.models import BOUNDS, model_config
 from fastalps.testing import SCORE_ERROR
 from tests import fused_emulator
 from tests.fused_emulator import Emulation
@@ -325,3 +328,87 @@ def test_notices_a_broken_kernel(header, rng, tmp_path: Path):
     ]
     wrong = [not torch.allclose(errors.double(), expected, rtol=2e-3) for errors in found]
     assert any(wrong)
+
+
+def emulated_op(library: ctypes.CDLL):
+    """`fused_errors` of csrc/bindings_fused.cpp, by the emulator: the same checks, CPU tensors."""
+
+    def fused_errors(
+        frames, background, threshold, stride, cover, shape, weights, biases, bound, slope,
+        strength, normal, perturbed, chunk, scratch, flags, places, errors,
+    ) -> None:  # fmt: skip
+        preset, size = SHAPES[shape]
+        config = model_config(
+            size, 1, preset, bound=BOUNDS[bound], negative_slope=slope, strength=strength
+        )
+        edge = "cover" if cover else "drop"
+        index = None
+        total = errors[0].numel()
+        if background is not None:
+            _, index = ops.active_patches(
+                frames, background, size, stride, threshold=threshold, edge=edge
+            )
+            assert flags.numel() == total and places.numel() >= -(-total // 4096) + 1 + 2 * total
+            kept = torch.zeros(errors.shape[1:], dtype=torch.uint8)
+            kept[index[:, 0], index[:, 1]] = 1
+            flags.copy_(kept.flatten())
+            errors.zero_()
+        if total == 0:
+            return
+        passes = "both" if normal and perturbed else "normal" if normal else "perturbed"
+        run = Emulation(
+            library, SimpleNamespace(config=config), PackedWeights(weights, biases), frames,
+            stride, passes, edge=edge, index=index, chunk=chunk, blocks=2,
+        )  # fmt: skip
+        assert scratch.numel() == 2 * (run.maps.numel() + run.latents.numel())
+        assert errors.shape[0] == run.passes and total == run.total
+        found = run.run_all().view(errors.shape)
+        errors.copy_(torch.where(found.isnan(), errors, found))
+
+    return fused_errors
+
+
+@pytest.fixture
+def engine_of(library, monkeypatch):
+    """Makes a `FusedEngine` whose kernels are emulated."""
+    registered = torch.library.Library("fastalps", "IMPL", "CPU")
+    registered.impl("fused_errors", emulated_op(library))
+    count = SimpleNamespace(multi_processor_count=1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: count)
+    yield lambda model: FusedEngine(model, torch.device("cpu"))
+    registered._destroy()
+
+
+@pytest.mark.parametrize("passes", ["normal", "perturbed", "both"])
+@pytest.mark.parametrize("perturbation", ["adversarial", "none"])
+def test_engine(engine_of, perturbation, passes, rng):
+    """What Python hands to the kernels: weights, scratch, passes, frames, the gate's lists."""
+    model = make_model(SMALL, rng, perturbation=perturbation, bound="tanh", strength=0.5)
+    engine = engine_of(model)
+    frames = frames_of(SMALL, rng, 3)
+    images = patches_of(frames, 28, STRIDE)
+    expected = torch.stack(copy.deepcopy(model).double().score(images)[:2]).double()
+    expected = expected[{"normal": [0], "perturbed": [1], "both": [0, 1]}[passes]]
+    cut = ((28, 28), STRIDE, "cover")
+    close = {"rtol": SCORE_ERROR[torch.bfloat16], "atol": 1e-6}
+
+    found, kept = engine.frame_errors(frames, cut, passes)
+    assert kept is None and found.shape[1:] == (3, 6)
+    torch.testing.assert_close(found.flatten(1).double(), expected, **close)
+    found = engine.errors(images[:5], passes)
+    torch.testing.assert_close(found.double(), expected[:, :5], **close)
+    assert engine.errors(images[:0], passes).shape == (len(expected), 0)
+
+    background = frames[0].clone()
+    background[:, 20:] ^= 128
+    background[30:] = frames[1, 30:]
+    found, kept = engine.frame_errors(frames, cut, passes, background, 50.0)
+    assert 0 < kept.sum() < kept.numel()
+    torch.testing.assert_close(found.flatten(1).double(), expected * kept.flatten(), **close)
+
+    other = make_model(SMALL, rng, perturbation=perturbation, bound="tanh", strength=0.5)
+    before = found
+    engine.update(other)
+    found, _ = engine.frame_errors(frames, cut, passes)
+    assert torch.equal(found, engine_of(other).frame_errors(frames, cut, passes)[0])
+    assert not torch.equal(found, before)
