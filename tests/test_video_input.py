@@ -250,11 +250,13 @@ class Server:
         self.server.server_close()
 
 
-def test_a_stream_over_http_scores_as_the_file(tmp_path, tmp_path_factory) -> None:
+# A transport stream states no duration: it is no live stream for all that.
+@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "mpeg4"), ("a.ts", "mpeg2video")])
+def test_a_stream_over_http_scores_as_the_file(tmp_path, name: str, codec: str) -> None:
     run = run_on(tmp_path / "run", scene(), motion=True)
-    write(tmp_path / "a.mp4", scene(), "mpeg4")
+    write(tmp_path / name, scene(), codec)
     with Server(tmp_path) as server:
-        for source in (str(tmp_path / "a.mp4"), f"{server.url}/a.mp4"):
+        for source in (str(tmp_path / name), f"{server.url}/{name}"):
             out = tmp_path / ("http" if "://" in source else "file")
             assert score.main([str(run), source, "--out", str(out)]) == 0
     assert (tmp_path / "http/scores.csv").read_text() == (tmp_path / "file/scores.csv").read_text()

@@ -404,7 +404,8 @@ class VideoReader:
     def _is_live(self) -> bool:
         if not is_url(self._address):
             return stat.S_ISCHR(os.stat(self._address).st_mode)
-        return self._container.duration is None
+        # A server that says how long its answer is sends a file, whatever its format tells.
+        return self._container.duration is None and self._container.size <= 0
 
     def _reason(self, error: BaseException) -> str:
         if isinstance(error, self._av.error.ExitError):
