@@ -25,9 +25,12 @@ if __name__ == "__main__":
 from bench.compiled import Row, missing, violations  # noqa: E402
 from bench.cuda_compile import (  # noqa: E402
     ARCHITECTURES,
+    MIX,
     CannotCompile,
     build_library,
     cuda_rows,
+    instruction_mix,
+    kernel_name,
 )
 
 COLUMNS = (
@@ -50,6 +53,21 @@ def table(rows: Iterable[Row]) -> Iterator[str]:
     for row in rows:
         cells = (f"{value:,}" if isinstance(value, int) else value for value in row)
         yield "| " + " | ".join(cells) + " |"
+
+
+def mix_table(compiled: Path) -> Iterator[str]:
+    """The fused kernels' instructions in a library or an object file, by opcode; of each kernel and
+    architecture the specialisation that has most."""
+    largest: dict[tuple[str, str], dict[str, int]] = {}
+    for (symbol, architecture), counts in instruction_mix(compiled).items():
+        key = (kernel_name(symbol), architecture)
+        if key[0].startswith("fused_") and counts["all"] >= largest.get(key, counts)["all"]:
+            largest[key] = counts
+    yield "| kernel | architecture | all | " + " | ".join(MIX) + " |"
+    yield "|" + "---|" * (3 + len(MIX))
+    for key, counts in sorted(largest.items()):
+        cells = [f"{counts.get(name, 0):,}" for name in ("all", *MIX)]
+        yield "| " + " | ".join([*key, *cells]) + " |"
 
 
 def collect(only: str | None, log: Path | None, folder: Path) -> tuple[list[Row], list[str]]:
@@ -85,17 +103,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=("cuda", "triton"), help="one kind of kernels")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     parser.add_argument(
-        "--log", type=Path, help="ptxas's log of an earlier build of the CUDA library, to read"
+        "--folder", type=Path, metavar="DIR", help="keep the CUDA library and its log there"
+    )
+    parser.add_argument(
+        "--log", type=Path, metavar="FILE", help="read the log of an earlier build of the library"
+    )
+    parser.add_argument(
+        "--mix",
+        type=Path,
+        metavar="FILE",
+        help="also count the fused kernels' instructions in this library or object file",
     )
     arguments = parser.parse_args(argv)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            rows, wrong = collect(arguments.only, arguments.log, Path(folder))
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = arguments.folder or Path(temporary)
+            folder.mkdir(parents=True, exist_ok=True)
+            rows, wrong = collect(arguments.only, arguments.log, folder.resolve())
+        mix = list(mix_table(arguments.mix)) if arguments.mix else []
     except CannotCompile as reason:
         print(f"compile_report: {reason}", file=sys.stderr)
         return 2
     wrong += violations(rows)
-    print("\n".join(table(rows)))
+    print("\n".join([*table(rows), *([""] if mix else []), *mix]))
     if arguments.json:
         record = {"rows": [row._asdict() for row in rows], "violations": wrong}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

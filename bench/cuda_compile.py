@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,16 +96,20 @@ REPORT = re.compile(
 )
 
 
+def kernel_name(symbol: str) -> str:
+    """The kernel's name in a mangled symbol, which holds each part behind that part's length."""
+    name = re.search(r"\d+([a-z_]+_kernel)", symbol)
+    return name[1] if name else symbol
+
+
 def uses(log: str) -> list[Use]:
     """Every report of a kernel in the build's log."""
     found = []
     for match in REPORT.finditer(log):
-        # An Itanium-mangled name holds each of its parts behind that part's length.
-        name = re.search(r"\d+([a-z_]+_kernel)", match["symbol"])
         shared = re.search(r"(\d+) bytes smem", match["rest"])
         found.append(
             Use(
-                name[1] if name else match["symbol"],
+                kernel_name(match["symbol"]),
                 match["symbol"],
                 match["architecture"],
                 int(match["stack"]),
@@ -174,3 +179,64 @@ def cuda_rows(log: str, folder: Path) -> list[Row]:
         )
         for key, group in sorted(groups.items())
     ]
+
+
+# Opcodes of the disassembly, by what they are for.
+MIX = {
+    "HMMA": "tensor-core products",
+    "LDSM": "ldmatrix",
+    "LDS": "loads of shared memory",
+    "STS": "stores to it",
+    "LDG": "loads of global memory",
+    "STG": "stores to it",
+    "BAR": "barriers",
+    "SHFL": "shuffles",
+    "MUFU": "special functions",
+    "LDL": "loads of spilled registers",
+    "STL": "stores of them",
+}
+
+
+def _cuobjdump() -> Path:
+    """The toolkit's, or the one that the package triton brings."""
+    compiler, triton = build_module().nvcc(), importlib.util.find_spec("triton")
+    folders = [os.environ.get("PATH", "")]
+    folders += [str(Path(compiler).parent)] if compiler else []
+    if triton is not None and triton.origin is not None:
+        folders.append(str(Path(triton.origin).parent / "backends/nvidia/bin"))
+    tool = shutil.which("cuobjdump", path=os.pathsep.join(folders))
+    if tool is None:
+        raise CannotCompile("cuobjdump was not found (the CUDA toolkit and triton bring it)")
+    return Path(tool)
+
+
+def instruction_mix(library: Path) -> dict[tuple[str, str], dict[str, int]]:
+    """Instructions in the code of each kernel: (symbol, architecture) -> opcode -> number.
+
+    Counted as they stand, not as they run; "all" is their sum, without padding.
+
+    Args:
+        library: or an object file, with the code of one or several architectures.
+
+    Raises:
+        CannotCompile: cuobjdump is absent.
+    """
+    tool = _cuobjdump()
+    # It calls nvdisasm, which lies beside it.
+    environment = {**os.environ, "PATH": f"{tool.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    command = [str(tool), "-sass", str(library)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    found: dict[tuple[str, str], dict[str, int]] = {}
+    architecture, counts = "", {}
+    for line in said.stdout.splitlines():
+        if match := re.match(r"\s*(?:arch = |code for )(sm_\d+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function : (\w+)", line):
+            counts = found.setdefault((match[1], architecture), {"all": 0})
+        elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", line):
+            if match[1] == "NOP":
+                continue
+            counts["all"] += 1
+            if match[1] in MIX:
+                counts[match[1]] = counts.get(match[1], 0) + 1
+    return found

@@ -23,6 +23,8 @@ from bench.cuda_compile import (
     CannotCompile,
     build_library,
     declared_kernels,
+    instruction_mix,
+    kernel_name,
     uses,
 )
 from fastalps import ops
@@ -61,6 +63,20 @@ def test_report(library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert said.out.count("\n") == 2 + len(record["rows"])
     fused = [row for row in record["rows"] if row["kernel"].startswith("fused_")]
     assert all(row["shared"] > 32 * 1024 for row in fused)
+
+
+def test_fused_kernels_use_tensor_cores(library: Path) -> None:
+    """In the disassembly: products by tensor cores, operands by ldmatrix, nothing spilt."""
+    try:
+        mix = instruction_mix(library.parent / library.stem / "fused.cu.o")
+    except CannotCompile as reason:
+        pytest.skip(str(reason))
+    found = {(kernel_name(symbol), architecture) for symbol, architecture in mix}
+    names = {name for name in LIMITS["cuda"] if name.startswith("fused_")}
+    assert found == {(name, architecture) for name in names for architecture in ARCHITECTURES}
+    for key, counts in mix.items():
+        assert counts.get("HMMA", 0) >= 8 and counts.get("LDSM", 0) >= 2, (key, counts)
+        assert "LDL" not in counts and "STL" not in counts, (key, counts)
 
 
 def test_violations_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -226,7 +226,7 @@ FASTALPS_DEVICE void decode(const Work& work, const uint2* weights, const float*
   const int rows = patches_of(work) * work.passes;
   if (block_index() >= rows) return;
   copy_chunks(shared, weights, S::kEvenAt);
-  if (thread_index() < kChunkBytes) zero[thread_index()] = 0;
+  if (thread_index() < kBankBytes) zero[thread_index()] = 0;
 
   for (int row = block_index(); row < rows; row += block_count()) {
     using Input = typename S::InputMap;

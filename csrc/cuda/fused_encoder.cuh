@@ -39,7 +39,7 @@ FASTALPS_DEVICE void encode(const Work& work, const uint2* weights, const float*
   if (block_index() >= patches) return;
   copy_chunks(shared, weights, S::kMapAt);
   for (int cell = thread_index(); cell < (S::kSharedBytes - S::kImageAt) / 2; cell += kBlock) {
-    image[cell] = 0;  // The image's border and the chunk of zeros.
+    image[cell] = 0;  // The image's border and the zeros.
   }
   barrier();
 

@@ -28,7 +28,11 @@ constexpr int kTileTerms = 16;
 constexpr int kChunkBytes = 16;
 constexpr int kChunkChannels = 8;
 
+// One row of all 32 banks of shared memory.
+constexpr int kBankBytes = 128;
+
 FASTALPS_INDEX int divide_up(int value, int divisor) { return (value + divisor - 1) / divisor; }
+FASTALPS_INDEX int align_up(int value, int unit) { return divide_up(value, unit) * unit; }
 
 // Fragments of B (16 terms, 8 columns, 8 bytes a lane) of a layer's weights, in the order
 // [step of 16 terms][8 outputs][lane]; terms are tap by tap, inputs innermost.
@@ -98,12 +102,11 @@ struct EncodeShape {
   static constexpr int kTilesAcross = kSecond / kTileColumns / 2;
   static_assert(kFirst % 16 == 0 && kSecond % 16 == 0 && kQuarter * kQuarter <= 64);
 
-  // Shared memory: weights, the first map, the bordered image, a chunk of zeros.
+  // Shared memory: weights, the first map, the bordered image, zeros.
   static constexpr int kMapAt = kFragments * kLanes * 8;
   static constexpr int kImageAt = kMapAt + FirstMap::bytes(kHalf * kHalf);
-  static constexpr int kZeroAt =
-      divide_up(kImageAt + kBordered * kBordered * 2, kChunkBytes) * kChunkBytes;
-  static constexpr int kSharedBytes = kZeroAt + kChunkBytes;
+  static constexpr int kZeroAt = align_up(kImageAt + kBordered * kBordered * 2, kBankBytes);
+  static constexpr int kSharedBytes = kZeroAt + kBankBytes;
 };
 
 // First half of kernel M: the third and fourth convolutions, their pooling, the perturbation. A
@@ -204,9 +207,11 @@ struct DecodeShape {
   static constexpr int kThirdBytes = ThirdMap::bytes(kHalf * kHalf);
   static constexpr int kFourthBytes = FourthMap::bytes(kSize * kSize);
   static constexpr int kFifthBytes = FifthMap::bytes(kSize * kSize);
-  static constexpr int kOddAt = kEvenAt + (kInputBytes > kFourthBytes ? kInputBytes : kFourthBytes);
-  static constexpr int kZeroAt = kOddAt + (kThirdBytes > kFifthBytes ? kThirdBytes : kFifthBytes);
-  static constexpr int kSumsAt = kZeroAt + kChunkBytes;
+  static constexpr int kEvenBytes = kInputBytes > kFourthBytes ? kInputBytes : kFourthBytes;
+  static constexpr int kOddBytes = kThirdBytes > kFifthBytes ? kThirdBytes : kFifthBytes;
+  static constexpr int kOddAt = align_up(kEvenAt + kEvenBytes, kBankBytes);
+  static constexpr int kZeroAt = align_up(kOddAt + kOddBytes, kBankBytes);
+  static constexpr int kSumsAt = kZeroAt + kBankBytes;
   static constexpr int kSharedBytes = kSumsAt + kWarps * 4;
 };
 

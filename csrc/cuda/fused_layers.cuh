@@ -125,6 +125,13 @@ FASTALPS_DEVICE void copy_chunks(unsigned char* target, const void* source, int 
   }
 }
 
+// Eight terms of a tap at a place in a map, or zeros where the tap falls outside: those of the
+// banks that the place would have, so that they conflict with no other row's.
+FASTALPS_DEVICE Operand load_tap(const unsigned char* map, const unsigned char* zero, int place,
+                                 bool inside) {
+  return load_operand(inside ? map + place : zero + (place & (kBankBytes - kChunkBytes)));
+}
+
 // A 3x3 convolution of a square map with zero borders, padding 1: kDown x kAcross tiles of results,
 // the rows of a tile being consecutive pixels from `first_pixel` on. `weights` begin at the first
 // of the columns; a step of 16 terms has `columns` fragments.
@@ -150,11 +157,12 @@ FASTALPS_DEVICE void convolve(const Lane& lane, const unsigned char* map, int fi
     const int tap = kPaired ? 2 * outer + lane.half : outer;
     const int tap_row = tap / 3, tap_column = tap - 3 * tap_row;
     int pixels[kDown];
+    bool inside[kDown];
 #pragma unroll
     for (int down = 0; down < kDown; ++down) {
       const int row = rows[down] + tap_row, column = cells[down] + tap_column;
-      const bool inside = tap < 9 && row >= 0 && row < kInSide && column >= 0 && column < kInSide;
-      pixels[down] = inside ? row * kInSide + column : -1;
+      pixels[down] = row * kInSide + column;
+      inside[down] = tap < 9 && row >= 0 && row < kInSide && column >= 0 && column < kInSide;
     }
 #pragma unroll
     for (int inner = 0; inner < kInner; ++inner) {
@@ -162,7 +170,7 @@ FASTALPS_DEVICE void convolve(const Lane& lane, const unsigned char* map, int fi
       Operand a[kDown];
 #pragma unroll
       for (int down = 0; down < kDown; ++down) {
-        a[down] = load_operand(pixels[down] < 0 ? zero : map + In::chunk(pixels[down], chunk));
+        a[down] = load_tap(map, zero, In::chunk(pixels[down], chunk), inside[down]);
       }
       const uint2* step = weights + (outer * kInner + inner) * columns * kLanes + lane.index;
 #pragma unroll
@@ -193,8 +201,7 @@ FASTALPS_DEVICE void transpose(const Lane& lane, const unsigned char* map,
     for (int neighbour = 0; neighbour < 4; ++neighbour) {
       const int y = row + neighbour / 2, x = column + neighbour % 2;
       const bool inside = y < kInSide && x < kInSide;
-      a[neighbour] =
-          load_operand(inside ? map + In::chunk(y * kInSide + x, 2 * step + lane.half) : zero);
+      a[neighbour] = load_tap(map, zero, In::chunk(y * kInSide + x, 2 * step + lane.half), inside);
     }
 #pragma unroll
     for (int tap = 0; tap < 9; ++tap) {
