@@ -112,12 +112,14 @@ def pack_fused(model: ALPS) -> PackedWeights:
     )
     matrices.append(dense.T)
     biases.append(bias)
-    for layer in decoder.layers:
-        if isinstance(layer, nn.ConvTranspose2d):
-            weight = layer.weight.transpose(0, 1)
-            # With stride 1 it is a convolution by the mirrored kernel.
-            matrices.append(_terms(weight.flip(2, 3) if layer.stride == (1, 1) else weight))
-            biases.append(_bias(layer))
+    layers = [layer for layer in decoder.layers if isinstance(layer, nn.ConvTranspose2d)]
+    for layer in layers:
+        weight = layer.weight.transpose(0, 1)
+        # With stride 1 it is a convolution by the mirrored kernel.
+        matrices.append(_terms(weight.flip(2, 3) if layer.stride == (1, 1) else weight))
+        biases.append(_bias(layer))
+    # The last layer has one output: its taps are the columns.
+    matrices[-1] = matrices[-1].unflatten(0, (9, -1)).squeeze(2).T
     biases.append(torch.zeros(-biases[-1].numel() % OUTPUTS, dtype=torch.float64))
     weights = torch.cat([fragments(matrix) for matrix in matrices])
     return PackedWeights(weights.to(torch.bfloat16).contiguous(), torch.cat(biases).float())

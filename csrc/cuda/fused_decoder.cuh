@@ -188,22 +188,59 @@ FASTALPS_DEVICE void expand(const Work& work, const uint2* weights, const float*
   }
 }
 
-// The squared errors of a lane's two pixels of 16 logits, each the first column of its row.
+// The last layer's products of every pixel with each tap: one product of matrices, where a
+// convolution for one output would read each input nine times and use one column of eight.
 template <class S>
-FASTALPS_DEVICE float squared_errors(const Lane& lane, const Work& work, const Patch& patch,
-                                     int first_pixel, const float (&logits)[4], float bias) {
-  float sum = 0.0f;
-  if (lane.quad != 0) return sum;
+FASTALPS_DEVICE void tap_products(const Lane& lane, const unsigned char* map,
+                                  const unsigned char* zero, const uint2* weights,
+                                  float* products) {
+  using Fifth = typename S::FifthMap;
+  constexpr int kPixels = S::kSize * S::kSize;
+  constexpr int kColumns = divide_up(S::kTaps, kTileColumns);
+  constexpr int kSteps = divide_up(S::kFifth, kTileTerms);
+  for (int tile = lane.warp; tile * kTileRows < kPixels; tile += kWarps) {
+    const int mine = tile * kTileRows + lane.row;
+    float sums[1][kColumns][4];
+    clear(sums);
 #pragma unroll
-  for (int lower = 0; lower < 2; ++lower) {
-    const int pixel = first_pixel + lane.group + 8 * lower;
-    if (pixel >= S::kSize * S::kSize) continue;
-    const int row = pixel / S::kSize, column = pixel - row * S::kSize;
-    const float reconstruction = 1.0f / (1.0f + exponential(-(logits[2 * lower] + bias)));
-    const float difference = reconstruction - unit_pixel(work.source, patch, row, column);
-    sum += difference * difference;
+    for (int step = 0; step < kSteps; ++step) {
+      const int chunk = 2 * step + lane.half;
+      const bool inside = mine < kPixels && chunk < Fifth::kChunks;
+      const Operand a = load_tap(map, zero, Fifth::chunk(mine, chunk), inside);
+#pragma unroll
+      for (int column = 0; column < kColumns; ++column) {
+        multiply_add(sums[0][column], a, weights[(step * kColumns + column) * kLanes + lane.index]);
+      }
+    }
+#pragma unroll
+    for (int column = 0; column < kColumns; ++column) {
+#pragma unroll
+      for (int part = 0; part < 4; ++part) {
+        const int tap = column * kTileColumns + 2 * lane.quad + part % 2;
+        const int pixel = tile * kTileRows + lane.group + 8 * (part / 2);
+        if (tap < S::kTaps && pixel < kPixels) {
+          products[tap * S::kPlane + pixel] = sums[0][column][part];
+        }
+      }
+    }
   }
-  return sum;
+}
+
+// The squared error of one pixel: its logit is the sum of its neighbours' products.
+template <class S>
+FASTALPS_DEVICE float squared_error(const Work& work, const Patch& patch, const float* products,
+                                    float bias, int pixel) {
+  const int row = pixel / S::kSize, column = pixel - row * S::kSize;
+  float logit = bias;
+#pragma unroll
+  for (int tap = 0; tap < S::kTaps; ++tap) {
+    const int y = row + tap / 3 - 1, x = column + tap % 3 - 1;
+    if (y < 0 || y >= S::kSize || x < 0 || x >= S::kSize) continue;
+    logit += products[tap * S::kPlane + y * S::kSize + x];
+  }
+  const float reconstruction = 1.0f / (1.0f + exponential(-logit));
+  const float difference = reconstruction - unit_pixel(work.source, patch, row, column);
+  return difference * difference;
 }
 
 // Kernel D: each block holds all weights and takes rows in turn; the reconstruction stays in
@@ -285,17 +322,14 @@ FASTALPS_DEVICE void decode(const Work& work, const uint2* weights, const float*
     }
     barrier();
 
+    float* const products = reinterpret_cast<float*>(even);
+    tap_products<S>(lane, odd, zero, last, products);
+    barrier();
+
     const Patch patch = find_patch(work, row / work.passes);
     float sum = 0.0f;
-    for (int first = lane.warp * kGroupPixels; first < kPixels; first += kWarps * kGroupPixels) {
-      float sums[S::kTilesDown][1][4];
-      convolve<typename S::FifthMap, S::kSize, S::kSize, 1, S::kFifth>(lane, odd, 0, zero, last, 1,
-                                                                       first, sums);
-#pragma unroll
-      for (int down = 0; down < S::kTilesDown; ++down) {
-        sum += squared_errors<S>(lane, work, patch, first + down * kTileRows, sums[down][0],
-                                 last_bias);
-      }
+    for (int pixel = thread_index(); pixel < kPixels; pixel += kBlock) {
+      sum += squared_error<S>(work, patch, products, last_bias, pixel);
     }
     // In a fixed order, so that a score has the same bits in every run.
 #pragma unroll

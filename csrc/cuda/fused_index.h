@@ -190,7 +190,9 @@ struct DecodeShape {
   static constexpr int kThirdFragments = fragments(9, kInputs, kThird);
   static constexpr int kFourthFragments = fragments(9, kThird, kFourth);
   static constexpr int kFifthFragments = fragments(9, kFourth, kFifth);
-  static constexpr int kLastFragments = fragments(9, kFifth, 1);
+  // The last layer has one output, so its taps are the columns.
+  static constexpr int kTaps = 9;
+  static constexpr int kLastFragments = fragments(1, kFifth, kTaps);
   static constexpr int kFragments =
       kThirdFragments + kFourthFragments + kFifthFragments + kLastFragments;
   static constexpr int kBiases = kThird + kFourth + kFifth + kTileColumns;
@@ -199,7 +201,10 @@ struct DecodeShape {
   static constexpr int kThirdAcross = kThird / kTileColumns / 2;
   static constexpr int kFourthAcross = kFourth / kTileColumns;
   static constexpr int kFifthAcross = kFifth / kTileColumns;
-  static constexpr int kTilesDown = 2;  // Of the layers of stride 1.
+  static constexpr int kTilesDown = 2;  // Of the first layer of stride 1.
+  // Floats of a plane of the taps' products: 4 more than a multiple of 16, so that the lanes that
+  // store a tile of them meet all banks.
+  static constexpr int kPlane = align_up(kSize * kSize - 4, 16) + 4;
 
   // Shared memory: weights, two maps that layers read and write in turn, zeros, the warps' sums.
   static constexpr int kEvenAt = kFragments * kLanes * 8;
@@ -207,7 +212,9 @@ struct DecodeShape {
   static constexpr int kThirdBytes = ThirdMap::bytes(kHalf * kHalf);
   static constexpr int kFourthBytes = FourthMap::bytes(kSize * kSize);
   static constexpr int kFifthBytes = FifthMap::bytes(kSize * kSize);
-  static constexpr int kEvenBytes = kInputBytes > kFourthBytes ? kInputBytes : kFourthBytes;
+  static constexpr int kProductBytes = kTaps * kPlane * 4;
+  static constexpr int kEvenBytes = kProductBytes;
+  static_assert(kInputBytes <= kEvenBytes && kFourthBytes <= kEvenBytes);
   static constexpr int kOddBytes = kThirdBytes > kFifthBytes ? kThirdBytes : kFifthBytes;
   static constexpr int kOddAt = align_up(kEvenAt + kEvenBytes, kBankBytes);
   static constexpr int kZeroAt = align_up(kOddAt + kOddBytes, kBankBytes);
