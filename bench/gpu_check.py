@@ -1,9 +1,10 @@
 """Proves and times the GPU kernels on this machine, from a source tree, without a network.
 
 Takes whatever Python and torch (2.10 or later, with CUDA) it is run by: builds the libraries in
-place, runs the tests marked `gpu` and the benchmarks, and writes one JSON file with all that was
-found to bench/results/<machine>/gpu_check.json. What is missing (a compiler, setuptools, ninja,
-pytest) is said in one line, recorded, and worked around where possible.
+place, runs the tests marked `gpu`, the fused kernels under compute-sanitizer where that is there,
+and the benchmarks, and writes one JSON file with all that was found to
+bench/results/<machine>/gpu_check.json. What is missing (a compiler, setuptools, ninja, pytest) is
+said in one line, recorded, and worked around where possible.
 
 Exit code: 0 when all tests and benchmarks passed, 1 when one failed or could not run, 2 without a
 GPU.
@@ -16,6 +17,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST_TORCH = (2, 10)
+# What runs under compute-sanitizer, a hundred times slower: the fused kernels at small sizes.
+SANITIZED = ("tests/test_fused.py", "-k", "(test_values and fast-28 and uint8) or test_gate")
+SANITIZERS = ("memcheck", "racecheck")
 TAIL_LINES = 40
 CLOCKS = (
     *("name", "driver_version", "pstate", "clocks.sm", "clocks.mem", "clocks.max.sm"),
@@ -143,6 +148,27 @@ def test(limit: float) -> dict[str, Any]:
     return {**without_output(step), **found}
 
 
+def sanitize(limit: float) -> dict[str, Any]:
+    """Runs the fused kernels under compute-sanitizer: accesses out of bounds, and races in shared
+    memory. `code` is that of the first check that failed, else 0."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None or importlib.util.find_spec("pytest") is None:
+        missing = "compute-sanitizer was not found" if tool is None else "pytest is not installed"
+        reason = f"{missing}: the fused kernels were not checked for bad accesses and races"
+        say(reason)
+        return {"skipped": reason}
+    found: dict[str, Any] = {"code": 0}
+    for check in SANITIZERS:
+        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable]
+        command += ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *SANITIZED]
+        found[check] = without_output(execute(command, limit))
+        found["code"] = found["code"] or found[check]["code"]
+        if found[check]["code"] is None:
+            found["code"] = None
+            break
+    return found
+
+
 def bench(quick: bool, limit: float) -> dict[str, Any]:
     """Runs the benchmarks on the GPU; their own record is kept whole."""
     with tempfile.TemporaryDirectory() as folder:
@@ -195,6 +221,10 @@ def check(arguments: argparse.Namespace) -> int:
         )
         for name in ran["failed"]:
             say(f"failed: {name}")
+    say("running the fused kernels under compute-sanitizer")
+    steps["sanitizer"] = sanitize(arguments.limit)
+    if "skipped" not in steps["sanitizer"] and not passed(steps["sanitizer"]):
+        say("compute-sanitizer found something, or a test failed under it: see the JSON")
     say("running the benchmarks")
     steps["bench"] = bench(arguments.quick, arguments.limit)
     if not passed(steps["bench"]):
@@ -218,7 +248,11 @@ def check(arguments: argparse.Namespace) -> int:
     folder = make_folder(arguments.out or ROOT / "bench" / "results" / name)
     write_json(folder / "gpu_check.json", record)
     say(f"wrote {folder / 'gpu_check.json'}")
-    return 0 if all(map(passed, steps.values())) else 1
+    # compute-sanitizer comes with the toolkit, not with torch: its absence is no failure.
+    decisive = [
+        step for name, step in steps.items() if name != "sanitizer" or "skipped" not in step
+    ]
+    return 0 if all(map(passed, decisive)) else 1
 
 
 def main(argv: list[str] | None = None) -> int:

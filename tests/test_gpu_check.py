@@ -51,6 +51,7 @@ def _fake_execute(codes: dict[str, int]):
 def test_writes_what_it_found(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = SimpleNamespace(get_device_name=lambda index: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(gpu_check, "require_gpu", lambda: SimpleNamespace(cuda=device))
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
     codes = {"setup.py": 0, "fastalps": 0, "pytest": code, "bench/run.py": 0}
     monkeypatch.setattr(gpu_check, "execute", _fake_execute(codes))
     assert gpu_check.main(["--out", str(tmp_path)]) == code
@@ -63,6 +64,7 @@ def test_writes_what_it_found(code: int, tmp_path: Path, monkeypatch: pytest.Mon
     assert record["tests"]["skipped"] == {"memory": 1}
     assert record["bench"]["result"] == {"protocol": "benchmark"}
     assert record["build"]["log"] == ["last line"]
+    assert record["sanitizer"]["skipped"].startswith("compute-sanitizer was not found")
     assert record["environment"]["libraries"]["torch"] == torch.__version__ and record["date"]
     assert [path.name for path in tmp_path.iterdir()] == ["gpu_check.json"]
 
@@ -74,6 +76,24 @@ def test_missing_packages_are_said_and_recorded(
     assert "setuptools is not installed" in gpu_check.build(1.0)["skipped"]
     assert "pytest is not installed" in gpu_check.test(1.0)["skipped"]
     assert capsys.readouterr().out.count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"), [((0, 0), 0), ((9, 0), 9), ((0, 9), 9), ((None, 0), None)]
+)
+def test_sanitizer(codes, expected, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both checks run over tests that exist; the first failure counts, a time-out ends it."""
+    ran = []
+
+    def execute(command: list[str], limit: float):
+        ran.append(command[command.index("--tool") + 1])
+        return {"code": codes[len(ran) - 1], "seconds": 0.1, "log": [], "output": ""}
+
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(gpu_check, "execute", execute)
+    assert gpu_check.sanitize(1.0)["code"] == expected
+    assert ran == list(gpu_check.SANITIZERS)[: 1 if codes[0] is None else 2]
+    assert (gpu_check.ROOT / gpu_check.SANITIZED[0]).exists()
 
 
 def test_a_step_past_its_limit_is_given_up() -> None:
