@@ -112,8 +112,8 @@ def pack_fused(model: ALPS) -> PackedWeights:
     )
     matrices.append(dense.T)
     biases.append(bias)
-    layers = [layer for layer in decoder.layers if isinstance(layer, nn.ConvTranspose2d)]
-    for layer in layers:
+    transposed = [layer for layer in decoder.layers if isinstance(layer, nn.ConvTranspose2d)]
+    for layer in transposed:
         weight = layer.weight.transpose(0, 1)
         # With stride 1 it is a convolution by the mirrored kernel.
         matrices.append(_terms(weight.flip(2, 3) if layer.stride == (1, 1) else weight))
