@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,6 +61,8 @@ def build(folder: Path, include: Path | None = None, shape: int | None = None) -
         include: a folder searched for the kernels' headers before csrc/cuda.
         shape: the only one to build; None = all.
     """
+    if sys.platform != "linux":
+        return "the emulator's fibers are written for Linux"
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         return "no C++ compiler was found"
