@@ -201,7 +201,7 @@ struct DecodeShape {
   static constexpr int kThirdAcross = kThird / kTileColumns / 2;
   static constexpr int kFourthAcross = kFourth / kTileColumns;
   static constexpr int kFifthAcross = kFifth / kTileColumns;
-  static constexpr int kTilesDown = 2;  // Of the first layer of stride 1.
+  static constexpr int kTilesDown = 4;  // Of the first layer of stride 1.
   // Floats of a plane of the taps' products: 4 more than a multiple of 16, so that the lanes that
   // store a tile of them meet all banks.
   static constexpr int kPlane = align_up(kSize * kSize - 4, 16) + 4;
