@@ -156,7 +156,11 @@ def assert_same_bf16(found: Tensor, expected: Tensor) -> None:
     assert not found.isnan().any()
     difference = (found - expected).abs()
     # One unit of bf16's 8 bits, and what one such unit in the layer before leaves in a sum.
-    assert (difference <= 2.0**-7 * expected.abs() + 4e-3).all(), difference.max()
+    # Two layers after each other: a rounding that fell on the other side in the first may move a
+    # result of the second by another step.
+    near = difference <= 2.0**-7 * expected.abs() + 4e-3
+    assert near.double().mean() >= 0.999
+    assert (difference <= 2.0**-6 * expected.abs() + 2e-2).all(), difference.max()
     assert (difference > 1e-5).double().mean() < 0.03
 
 
