@@ -66,16 +66,54 @@ def rounded(values: Tensor) -> Tensor:
     return values.to(torch.bfloat16).double()
 
 
+# What float32 may lose of a sum of products, relative to the root of the sum of their squares.
+SUM_ERROR = 2.0**-21
+# Deviations that are independent add up as squares; so many times that root is allowed.
+DEVIATIONS = 4
+
+
 class Reference:
-    """The model's stages in float64, rounded to bf16 where the kernels round."""
+    """The model's stages in float64, rounded to bf16 where the kernels round.
+
+    A stage gives its values and, for each, how far a correct result may be from it: a sum in
+    another order may fall on the other side of a rounding, by one step of bf16, and carry that on.
+    """
 
     def __init__(self, model: ALPS) -> None:
         self.config = model.config
         self.network = copy.deepcopy(model).double().eval().requires_grad_(False)
         fold_batch_norm(self.network)
 
-    def _hidden(self, values: Tensor) -> Tensor:
-        return rounded(F.leaky_relu(values, self.config.negative_slope))
+    def _round(self, values: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
+        found = rounded(values)
+        sides = (rounded(values + off) - found, found - rounded(values - off))
+        return found, torch.maximum(*sides)
+
+    def _hidden(self, values: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
+        return self._round(F.leaky_relu(values, self.config.negative_slope), off)
+
+    def _layer(
+        self,
+        layer: nn.Module,
+        values: Tensor,
+        off: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """A layer with its weights rounded; what it makes of values that are `off`."""
+        weight = rounded(layer.weight if weight is None else weight)
+
+        def apply(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+            if isinstance(layer, nn.Linear):
+                return F.linear(x, w, bias)
+            if isinstance(layer, nn.Conv2d):
+                return F.conv2d(x, w, bias, 2, 1)
+            return F.conv_transpose2d(x, w, bias, layer.stride, 1, layer.output_padding)
+
+        squares = (SUM_ERROR * values).square()
+        if off is not None:
+            squares += (DEVIATIONS * off).square()
+        room = apply(squares, weight.square(), None).sqrt()
+        return apply(values, weight, layer.bias), room
 
     def _encoders(self) -> list[list[nn.Conv2d]]:
         networks = [self.network.encoder, self.network.distorter]
@@ -85,62 +123,58 @@ class Reference:
             if each is not None
         ]
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(N, 1, H, W) in [0, 1] -> (N, networks, channels, height, width)."""
         levels = rounded(images * 255)
         found = []
         for first, second, *_ in self._encoders():
-            weight = rounded(first.weight / 255)
-            hidden = self._hidden(F.conv2d(levels, weight, first.bias, 2, 1))
-            hidden = F.conv2d(hidden, rounded(second.weight), second.bias, 2, 1)
-            found.append(self._hidden(hidden))
-        return torch.stack(found, 1)
+            hidden = self._hidden(*self._layer(first, levels, weight=first.weight / 255))
+            found.append(self._hidden(*self._layer(second, *hidden)))
+        maps, off = zip(*found, strict=True)
+        return torch.stack(maps, 1), torch.stack(off, 1)
 
-    def latents(self, maps: Tensor) -> Tensor:
+    def latents(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         """-> (N, 2, latent): normal and perturbed."""
         found = []
         for layers, values in zip(self._encoders(), maps.unbind(1), strict=False):
-            third, fourth = layers[2:]
-            hidden = self._hidden(F.conv2d(values, rounded(third.weight), third.bias, 2, 1))
-            hidden = F.conv2d(hidden, rounded(fourth.weight), fourth.bias, 2, 1)
-            found.append(hidden.mean((2, 3)))
-        latent, perturbation = found
+            hidden = self._hidden(*self._layer(layers[2], values))
+            found.append([x.mean((2, 3)) for x in self._layer(layers[3], *hidden)])
+        (latent, off), (perturbation, more) = found
+        # `more` holds through tanh, whose slope is 1 at most; the norm's would need its own.
         if self.config.bound == "tanh":
             perturbation = perturbation.tanh()
         elif self.config.bound == "norm":
-            perturbation /= (perturbation.square().mean(1, keepdim=True) + 1e-12).sqrt()
-        both = torch.stack([latent, latent + self.config.strength * perturbation], 1)
-        return rounded(both)
+            perturbation = (
+                perturbation / (perturbation.square().mean(1, keepdim=True) + 1e-12).sqrt()
+            )
+        strength = self.config.strength
+        both = torch.stack([latent, latent + strength * perturbation], 1)
+        return self._round(both, torch.stack([off, off + strength * more], 1))
 
     def _transposed(self) -> list[nn.ConvTranspose2d]:
         layers = self.network.decoder.layers
         return [layer for layer in layers if isinstance(layer, nn.ConvTranspose2d)]
 
-    def _apply(self, layer: nn.ConvTranspose2d, values: Tensor) -> Tensor:
-        return F.conv_transpose2d(
-            values, rounded(layer.weight), layer.bias, layer.stride, 1, layer.output_padding
-        )
-
-    def expand(self, latents: Tensor) -> Tensor:
+    def expand(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """(rows, latent) -> (rows, channels, height, width)."""
         decoder = self.network.decoder
-        values = F.linear(latents, rounded(decoder.dense.weight), decoder.dense.bias)
-        values = self._hidden(values.unflatten(1, decoder.start))
+        found = self._layer(decoder.dense, latents)
+        found = self._hidden(*(x.unflatten(1, decoder.start) for x in found))
         for layer in self._transposed()[:2]:
-            values = self._hidden(self._apply(layer, values))
-        return values
+            found = self._hidden(*self._layer(layer, *found))
+        return found
 
     def decode(self, maps: Tensor) -> Tensor:
         """-> (rows, 1, H, W) in [0, 1]."""
         *hidden, last = self._transposed()[2:]
         for layer in hidden:
-            maps = self._hidden(self._apply(layer, maps))
-        return self._apply(last, maps).sigmoid()
+            maps, _ = self._hidden(*self._layer(layer, maps))
+        return self._layer(last, maps)[0].sigmoid()
 
     def errors(self, images: Tensor) -> Tensor:
         """-> (2, N): normal and perturbed."""
-        latents = self.latents(self.encode(images))
-        both = self.decode(self.expand(latents.flatten(0, 1))).unflatten(0, (-1, 2))
+        latents, _ = self.latents(self.encode(images)[0])
+        both = self.decode(self.expand(latents.flatten(0, 1))[0]).unflatten(0, (-1, 2))
         return (both - images[:, None]).square().mean((2, 3, 4)).T
 
 
@@ -149,18 +183,16 @@ def channels_last(maps: Tensor) -> Tensor:
     return maps.flatten(-2).transpose(-1, -2)
 
 
-def assert_same_bf16(found: Tensor, expected: Tensor) -> None:
-    """Equal but for a last bit here and there: sums in another order round the other way."""
+def assert_same_bf16(found: Tensor, expected: Tensor, off: Tensor) -> None:
+    """Equal but for a last bit here and there: sums in another order round the other way.
+
+    `off`: how far from `expected` a correct value may be.
+    """
     found = found.double()
-    assert found.shape == expected.shape
+    assert found.shape == expected.shape == off.shape
     assert not found.isnan().any()
     difference = (found - expected).abs()
-    # One unit of bf16's 8 bits, and what one such unit in the layer before leaves in a sum.
-    # Two layers after each other: a rounding that fell on the other side in the first may move a
-    # result of the second by another step.
-    near = difference <= 2.0**-7 * expected.abs() + 4e-3
-    assert near.double().mean() >= 0.999
-    assert (difference <= 2.0**-6 * expected.abs() + 2e-2).all(), difference.max()
+    assert (difference <= off).all(), (difference - off).max()
     assert (difference > 1e-5).double().mean() < 0.03
 
 
@@ -201,7 +233,7 @@ def test_each_kernel(library, shape, rng):
     emulation = Emulation(library, model, pack_fused(model), frames, STRIDE, blocks=3)
     count = len(images)
 
-    maps = reference.encode(images)
+    maps, off = reference.encode(images)
     counts = emulation.run("encode")
     # Reading 32 times 16 bytes takes 4 cycles unless banks conflict. They do where rows of 7 pixels
     # wrap within 8 addresses, and with the narrow preset, whose pixels at distance two share half
@@ -209,21 +241,21 @@ def test_each_kernel(library, shape, rng):
     most = (4.1 if size == 30 else 7.5) * (2 if model.config.preset == "fast" else 1)
     assert counts.load_cycles <= most * counts.loads
     found = emulation.maps.flatten()[: maps.numel()].reshape(channels_last(maps).shape)
-    assert_same_bf16(found, channels_last(maps))
+    assert_same_bf16(found, channels_last(maps), channels_last(off))
 
     found.copy_(channels_last(maps))
-    latents = reference.latents(maps)
+    latents, off = reference.latents(maps)
     counts = emulation.run("latent")
     assert counts.load_cycles == 4 * counts.loads
-    assert_same_bf16(emulation.latents, latents)
+    assert_same_bf16(emulation.latents, latents, off)
 
     emulation.latents.copy_(latents)
-    expanded = reference.expand(latents.flatten(0, 1))
+    expanded, off = reference.expand(latents.flatten(0, 1))
     emulation.maps.fill_(torch.nan)
     counts = emulation.run("expand")
     assert counts.load_cycles == 4 * counts.loads
     found = emulation.maps.flatten()[: expanded.numel()].reshape(channels_last(expanded).shape)
-    assert_same_bf16(found, channels_last(expanded))
+    assert_same_bf16(found, channels_last(expanded), channels_last(off))
 
     found.copy_(channels_last(expanded))
     both = reference.decode(expanded).unflatten(0, (count, 2))
