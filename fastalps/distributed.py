@@ -14,9 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from fastalps.errors import UserError
+
+# What processes tell each other: tensors by their names.
+Message = dict[str, Tensor]
 
 
 def starts_first() -> bool:
@@ -118,41 +122,37 @@ def average(values: Tensor) -> Tensor:
     return total / world_size()
 
 
-def gather_shares(values: Tensor, count: int) -> Tensor | None:
-    """The parts that `share(count)` gave, put together in order: (count, ...) on process 0.
+def scatter(messages: Sequence[Message] | None) -> Message:
+    """Process i gets the i-th of process 0's messages, one for each; the others give None."""
+    if messages is None:
+        return _receive(0)
+    for number, message in enumerate(messages[1:], 1):
+        _send(message, number)
+    return messages[0]
 
-    Args:
-        values: this process's part, on the CPU for gloo.
 
-    Returns:
-        None on the other processes.
-    """
-    if world_size() == 1:
-        return values
-    # Parts differ by one in length at most; messages must not.
-    longest = -(-count // world_size())
-    padded = values.new_zeros((longest, *values.shape[1:]))
-    padded[: len(values)] = values
-    parts = [torch.empty_like(padded) for _ in range(world_size())] if rank() == 0 else None
-    dist.gather(padded, parts)
-    if parts is None:
+def gather(message: Message) -> list[Message] | None:
+    """The messages of all processes in their order on process 0; None on the others."""
+    if rank():
+        _send(message, 0)
         return None
-    lengths = [count * (i + 1) // len(parts) - count * i // len(parts) for i in range(len(parts))]
-    return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
+    return [message, *(_receive(number) for number in range(1, world_size()))]
 
 
-def scatter(items: Sequence[Any] | None) -> Any:
-    """Process i gets the i-th of process 0's items, one for each; the others give None."""
-    received: list[Any] = [None]
-    dist.scatter_object_list(received, None if items is None else list(items), src=0)
-    return received[0]
+def _send(message: Message, to: int) -> None:
+    # Not pickled: who could connect to a pickle's reader could run code in it.
+    plain = {name: value.cpu().contiguous() for name, value in message.items()}
+    data = torch.frombuffer(bytearray(save(plain)), dtype=torch.uint8)
+    dist.send(torch.tensor([len(data)]), to)
+    dist.send(data, to)
 
 
-def gather(item: Any) -> list[Any] | None:
-    """The items of all processes in their order on process 0; None on the others."""
-    items = [None] * world_size() if rank() == 0 else None
-    dist.gather_object(item, items, dst=0)
-    return items
+def _receive(source: int) -> Message:
+    length = torch.zeros(1, dtype=torch.int64)
+    dist.recv(length, source)
+    data = torch.empty(int(length), dtype=torch.uint8)
+    dist.recv(data, source)
+    return load(data.numpy().tobytes())
 
 
 class _Sum(torch.autograd.Function):

@@ -13,11 +13,23 @@ from fastalps.inputs import Pixels, check_pixels, home, release_mapped, to_tenso
 
 
 class Network(Protocol):
-    """What computes errors: `fastalps.inference.LayerByLayer` or `fastalps.engine.Engine`."""
+    """What computes errors: `fastalps.inference.LayerByLayer`, `fastalps.engine.Engine` or
+    `fastalps.fused.FusedEngine`."""
 
     device: torch.device
 
-    def errors(self, images: Tensor, passes: Passes) -> Tensor: ...
+    def errors(self, images: Tensor, passes: Passes) -> Tensor:
+        """Mean squared errors of the reconstructions.
+
+        Args:
+            images: (N, C, H, W) on the device, uint8 (0 to 255) or floating (0 to 1), any strides;
+                N may be 0.
+            passes: "normal", "perturbed" or "both".
+
+        Returns:
+            (1, N) float32, or (2, N) for "both": normal, then perturbed.
+        """
+        ...
 
     def frame_errors(
         self,
@@ -26,7 +38,23 @@ class Network(Protocol):
         passes: Passes,
         background: Tensor | None = None,
         threshold: float = 0.0,
-    ) -> tuple[Tensor, Tensor | None]: ...
+    ) -> tuple[Tensor, Tensor | None]:
+        """Errors of the patches of frames; with a background, of those that differ from it.
+
+        Args:
+            frames: (N, H, W) or (N, C, H, W) on the device, as for `errors`; uint8 (N, H, W) with
+                a background.
+            cut: patch size, stride and edge.
+            passes: see `errors`.
+            background: uint8 (H, W) of the motion gate, on the device; None = every patch is
+                scored.
+            threshold: of the gate, see `fastalps.ops.active_patches`.
+
+        Returns:
+            errors (rows, N, P) float32, 0 where the gate dropped the patch, and kept bool (N, P),
+            or None without a background.
+        """
+        ...
 
 
 def frame_errors(
@@ -46,7 +74,7 @@ def frame_errors(
         frames: (N, H, W) or (N, C, H, W) of the model's channels.
         plan: how the frames are cut into pieces.
         cut: patch size, stride and edge.
-        passes: see `fastalps.inference.LayerByLayer.errors`.
+        passes: see `Network.errors`.
         threshold: of the gate, gray levels; None = no gate.
         background: uint8 (H, W) for the gate; may be None when there are no frames.
         offset: number of the first frame within its stream, for messages.

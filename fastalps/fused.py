@@ -109,16 +109,7 @@ class FusedEngine:
         self.biases.copy_(packed.biases)
 
     def errors(self, images: Tensor, passes: Passes) -> Tensor:
-        """Mean squared errors of the reconstructions.
-
-        Args:
-            images: (N, 1, H, W) on the device, uint8 (0 to 255) or floating (0 to 1), any strides;
-                N may be 0.
-            passes: "normal", "perturbed" or "both".
-
-        Returns:
-            (1, N) float32, or (2, N) for "both": normal, then perturbed.
-        """
+        """See `fastalps.frame_errors.Network.errors`."""
         size = self.config.image_size
         pieces = [
             self.frame_errors(part, (size, size, "drop"), passes)[0].flatten(1)
@@ -135,21 +126,7 @@ class FusedEngine:
         background: Tensor | None = None,
         threshold: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]:
-        """Errors of the patches of frames; with a background, of those that differ from it.
-
-        Args:
-            frames: (N, H, W) or (N, 1, H, W), as for `errors`; uint8 with a background. Less than
-                2^30 patches.
-            cut: patch size, stride and edge.
-            passes: see `errors`.
-            background: uint8 (H, W) of the motion gate, on the device; None = every patch is
-                scored.
-            threshold: of the gate, see `fastalps.ops.active_patches`.
-
-        Returns:
-            errors (rows, N, P) float32, 0 where the gate dropped the patch, and kept bool (N, P),
-            or None without a background.
-        """
+        """See `fastalps.frame_errors.Network.frame_errors`; of less than 2^30 patches."""
         if frames.dim() == 4:
             frames = frames[:, 0]
         if frames.dtype not in (torch.uint8, torch.float32):

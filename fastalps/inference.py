@@ -149,15 +149,7 @@ class LayerByLayer:
 
     @torch.inference_mode()
     def errors(self, images: Tensor, passes: Passes) -> Tensor:
-        """Mean squared errors of the reconstructions.
-
-        Args:
-            images: (N, C, H, W) on the device, uint8 (0 to 255) or floating (0 to 1); N may be 0.
-            passes: "normal", "perturbed" or "both".
-
-        Returns:
-            (1, N) float32, or (2, N) for "both": normal, then perturbed.
-        """
+        """See `fastalps.frame_errors.Network.errors`."""
         images = unit_pixels(images)
         rows = 2 if passes == "both" else 1
         if self._single:
@@ -177,20 +169,7 @@ class LayerByLayer:
         background: Tensor | None = None,
         threshold: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]:
-        """Errors of the patches of frames; with a background, of those that differ from it.
-
-        Args:
-            frames: (N, H, W) or (N, C, H, W) on the device, as for `errors`; uint8 (N, H, W) with
-                a background.
-            cut: patch size, stride and edge.
-            passes: see `errors`.
-            background: uint8 (H, W) of the motion gate; None = every patch is scored.
-            threshold: of the gate, see `fastalps.ops.active_patches`.
-
-        Returns:
-            errors (rows, N, P) float32, 0 where the gate dropped the patch, and kept bool (N, P),
-            or None without a background.
-        """
+        """See `fastalps.frame_errors.Network.frame_errors`."""
         patch, stride, edge = cut
         if background is None:
             scale = 1 / 255 if frames.dtype == torch.uint8 else 1.0

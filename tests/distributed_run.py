@@ -37,8 +37,9 @@ def run(folder: Path, perturbation: str, batch_norm: bool) -> None:
         run_dir = folder / "run"
         fitted = fastalps.Trainer(config, run_dir, progress=False).fit(model, images())
         mine = images()[distributed.share(len(images()))]
-        scores = distributed.gather_shares(score_all(model, mine).normal, len(images()))
-        if scores is not None:
+        parts = distributed.gather({"scores": score_all(model, mine).normal})
+        if parts is not None:
+            scores = torch.cat([part["scores"] for part in parts])
             state = {n: v.contiguous() for n, v in fitted.last_weights.items()}
             history = [[row["normal_error"], row["perturbed_error"]] for row in fitted.history]
             state |= {"scores": scores, "history": torch.tensor(history, dtype=torch.float64)}

@@ -101,7 +101,9 @@ def test_alone_nothing_changes(monkeypatch) -> None:
         assert (distributed.rank(), distributed.world_size()) == (0, 1)
         values = torch.rand(3)
         assert distributed.average(values) is values
-        assert distributed.gather_shares(values, 3) is values
+        message = {"values": values}
+        assert distributed.scatter([message]) is message
+        assert distributed.gather(message) == [message]
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,14 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fastalps import distributed
 from fastalps.cli import command
+from fastalps.distributed import Message
 from fastalps.errors import BackendUnavailable, UserError
 from fastalps.frame_scores import FrameScores
 from fastalps.gate import StreamingBackground
@@ -32,41 +32,20 @@ from fastalps.scoring import Scorer
 _PIECE_BYTES = 1 << 26
 
 
-@dataclass(frozen=True)
-class _Images:
-    """Images for one process: uint8 (n, C, H, W)."""
-
-    pixels: Tensor
-
-    def scored_by(self, scorer: Scorer) -> Tensor:
-        return scorer.score_images(self.pixels)
+# Messages of process 0: "images", or "frames" and the gate's "background", to score; "end", whether
+# something failed; empty for a process that has nothing to do in this round. Answers: "scores", or
+# "patches", "frames" and what the gate "kept"; "failure", a text; empty.
+END, FAILURE = "end", "failure"
 
 
-@dataclass(frozen=True)
-class _Frames:
-    """A chunk of frames for one process: uint8 (n, H, W); background: uint8 (H, W), of the gate."""
-
-    pixels: Tensor
-    background: Tensor | None
-
-    def scored_by(self, scorer: Scorer) -> FrameScores:
-        if scorer.gate is not None:
-            scorer.gate = replace(scorer.gate, background=self.background)
-        return scorer.score_frames(self.pixels)
-
-
-@dataclass(frozen=True)
-class _End:
-    """There is nothing more to do."""
-
-    failed: bool
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """What another process answers in place of scores."""
-
-    text: str
+def _scored(scorer: Scorer, piece: Message) -> Message:
+    if "images" in piece:
+        return {"scores": scorer.score_images(piece["images"])}
+    if scorer.gate is not None:
+        scorer.gate = replace(scorer.gate, background=piece.get("background"))
+    found = scorer.score_frames(piece["frames"])
+    kept = {} if found.kept is None else {"kept": found.kept}
+    return {"patches": found.patches, "frames": found.frames, **kept}
 
 
 def processes_text() -> str:
@@ -86,7 +65,8 @@ def leading() -> Iterator[None]:
         if distributed.world_size() > 1:
             # Where another process is gone, that is the error, and torchrun ends the rest.
             with contextlib.suppress(RuntimeError):
-                distributed.scatter([_End(failed)] * distributed.world_size())
+                end = {END: torch.tensor(failed)}
+                distributed.scatter([end] * distributed.world_size())
 
 
 def follow(make: Callable[[], Scorer]) -> None:
@@ -105,18 +85,19 @@ def follow(make: Callable[[], Scorer]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         while True:
-            piece: Any = distributed.scatter(None)
-            if isinstance(piece, _End):
-                if piece.failed:
+            piece = distributed.scatter(None)
+            if END in piece:
+                if piece[END]:
                     raise command.Told
                 return
-            answer: Any = None
-            if piece is not None:
+            answer: Message = {}
+            if piece:
                 try:
                     scorer = scorer or make()
-                    answer = piece.scored_by(scorer)
+                    answer = _scored(scorer, piece)
                 except Exception as error:
-                    answer = _Failure(_explained(error))
+                    text = _explained(error).encode()
+                    answer = {FAILURE: torch.tensor(list(text), dtype=torch.uint8)}
             distributed.gather(answer)
 
 
@@ -139,9 +120,9 @@ def score_images(scorer: Scorer, images: Tensor) -> Tensor:
     unit = 1 if scorer.method == "engine" else scorer.batch_size
     most = max(1, _PIECE_BYTES // (images[:1].numel() * unit))
     step = unit * min(most, -(-len(images) // (unit * size)))
-    pieces = [_Images(part.clone()) for part in images.split(step)]
-    answers = [a for i in range(0, len(pieces), size) for a in _round(scorer, pieces[i : i + size])]
-    return torch.cat(answers)
+    pieces = [{"images": part} for part in images.split(step)]
+    rounds = (_round(scorer, pieces[i : i + size]) for i in range(0, len(pieces), size))
+    return torch.cat([answer["scores"] for answers in rounds for answer in answers])
 
 
 def score_frames(scorer: Scorer, chunks: Iterator[Tensor]) -> Iterator[FrameScores]:
@@ -166,32 +147,36 @@ def score_frames(scorer: Scorer, chunks: Iterator[Tensor]) -> Iterator[FrameScor
     learned = StreamingBackground() if gate is not None and background is None else None
     problem: BaseException | None = None
     while problem is None:
-        pieces: list[_Frames] = []
+        pieces: list[Message] = []
         try:
             while len(pieces) < size:
                 chunk = next(chunks)
                 if learned is not None:
                     background = learned.update(chunk)
-                pieces.append(_Frames(chunk, background))
+                gated = {} if background is None else {"background": background}
+                pieces.append({"frames": chunk, **gated})
         except (StopIteration, UserError, KeyboardInterrupt) as end:
             problem = end
-        if pieces:
-            yield from _round(scorer, pieces)
+        for piece, answer in zip(pieces, _round(scorer, pieces) if pieces else (), strict=True):
+            height, width = piece["frames"].shape[-2:]
+            cut = ((height, width), scorer.patch_size, scorer.stride, scorer.edge)
+            yield FrameScores(answer["patches"], answer["frames"], answer.get("kept"), *cut)
     if not isinstance(problem, StopIteration):
         raise problem
 
 
-def _round(scorer: Scorer, pieces: list[Any]) -> list[Any]:
+def _round(scorer: Scorer, pieces: list[Message]) -> list[Message]:
     """What each of at most as many pieces as processes scores, in order."""
-    idle = [None] * (distributed.world_size() - len(pieces))
-    own: Any
+    idle: list[Message] = [{}] * (distributed.world_size() - len(pieces))
+    problem: Exception | None = None
+    own: Message = {}
     try:
         with _undisturbed():
             distributed.scatter([*pieces, *idle])
             try:
-                own = pieces[0].scored_by(scorer)
+                own = _scored(scorer, pieces[0])
             except Exception as error:
-                own = error
+                problem = error
             answers = distributed.gather(own)
     except RuntimeError as error:
         raise UserError(
@@ -199,11 +184,11 @@ def _round(scorer: Scorer, pieces: list[Any]) -> list[Any]:
             "(too little memory?)"
         ) from error
     assert answers is not None
-    if isinstance(own, Exception):
-        raise own
+    if problem is not None:
+        raise problem
     for number, answer in enumerate(answers):
-        if isinstance(answer, _Failure):
-            raise UserError(f"process {number}: {answer.text}")
+        if FAILURE in answer:
+            raise UserError(f"process {number}: {bytes(answer[FAILURE].tolist()).decode()}")
     return answers[: len(pieces)]
 
 

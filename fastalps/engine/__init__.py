@@ -117,15 +117,7 @@ class Engine:
 
     @torch.inference_mode()
     def errors(self, images: Tensor, passes: Passes) -> Tensor:
-        """Mean squared errors of the reconstructions.
-
-        Args:
-            images: (N, C, H, W), uint8 (0 to 255) or floating (0 to 1), any strides; N may be 0.
-            passes: "normal", "perturbed" or "both".
-
-        Returns:
-            (1, N) float32, or (2, N) for "both": normal, then perturbed.
-        """
+        """See `fastalps.frame_errors.Network.errors`."""
         images = _accepted(images)
         found = [self._call(part, passes) for part in images.split(self._images_a_call())]
         return torch.cat(found, 1)
@@ -147,19 +139,7 @@ class Engine:
         background: Tensor | None = None,
         threshold: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]:
-        """Errors of the patches of frames; with a background, of those that differ from it.
-
-        Args:
-            frames: (N, H, W) or (N, C, H, W), as for `errors`; uint8 (N, H, W) with a background.
-            cut: patch size, stride and edge.
-            passes: see `errors`.
-            background: uint8 (H, W) of the motion gate; None = every patch is scored.
-            threshold: of the gate, see `fastalps.ops.active_patches`.
-
-        Returns:
-            errors (rows, N, P) float32, 0 where the gate dropped the patch, and kept bool (N, P),
-            or None without a background.
-        """
+        """See `fastalps.frame_errors.Network.frame_errors`."""
         frames = _accepted(frames if frames.dim() == 4 else frames.unsqueeze(1))
         _, stride, edge = cut
         rows, columns = ops.patch_grid(frames.shape[-2:], *cut)
