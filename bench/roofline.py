@@ -24,7 +24,7 @@ import torch
 import fastalps
 from bench import peers
 from bench.command_line import Parser, guarded
-from bench.harness import Settings
+from bench.harness import Settings, relative_error
 from fastalps import backends
 from fastalps.engine import Engine
 from fastalps.engine.narrow import activation_ranges
@@ -33,9 +33,11 @@ from fastalps.errors import UserError
 from fastalps.files import write_json
 from fastalps.models import PRESETS
 from fastalps.quantization import NARROW
+from fastalps.testing import SCORE_ERROR
 
 PATCHES = 96
 BLOCK_VECTORS = 3  # as csrc/cpu/engine.h
+DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8}
 LANES = {"default": 4, "avx2": 8, "avx512": 16}
 
 
@@ -58,6 +60,20 @@ def _measure(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[str,
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
+def _check(
+    model: fastalps.ALPS, patches: torch.Tensor, candidates: dict[str, Callable[[], Any]]
+) -> None:
+    """UserError unless each candidate's errors are those of the model in float64."""
+    with torch.inference_mode():
+        exact = peers.EagerNetwork(model).double()(patches.double())
+        for name, run in candidates.items():
+            dtype = next((d for d in DTYPES if name.startswith(d) or f" {d}" in name), "fp32")
+            limit = SCORE_ERROR[DTYPES.get(dtype, torch.float32)]
+            found = relative_error(run(), exact, floor=1e-30)
+            if not found <= limit:
+                raise UserError(f"{name}: off by {found:.1e}, more than {limit:g}; no speed of it")
+
+
 def _preset(preset: str, rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model = fastalps.ALPS(30, preset=preset).eval()
@@ -73,21 +89,24 @@ def _preset(preset: str, rounds: int) -> dict[str, Any]:
         name: lambda engine=engine: engine.errors(patches, "both")
         for name, engine in engines.items()
     }
-    candidates["minimal, normal only"] = lambda: engines["minimal"].errors(patches, "normal")
     eager = peers.eager(model, "cpu", torch.float32, True)
     candidates["eager NHWC"] = lambda: eager(patches)
+    half = peers.eager(model, "cpu", torch.bfloat16, True)
+    candidates["eager bf16 NHWC"] = lambda: half(patches)
     if not peers.missing("onnxruntime", "onnx"):
         onnx = peers.onnx_runtime(model, settings)
         candidates["ONNX Runtime"] = lambda: onnx(patches)
     if not peers.missing("openvino", "onnx"):
         vino = peers.openvino(model, settings, "f32")
         candidates["OpenVINO"] = lambda: vino(patches)
+    _check(model, patches, candidates)
+    candidates["minimal, normal only"] = lambda: engines["minimal"].errors(patches, "normal")
     square = torch.rand(1024, 1024)
     large, other = torch.rand(1 << 24), torch.rand(1 << 24)
     candidates["sgemm"] = lambda: square @ square
-    half, byte = square.bfloat16(), (square * 127).to(torch.int8)
+    short, byte = square.bfloat16(), (square * 127).to(torch.int8)
     if "avx512_bf16" in backends.dot_products():
-        candidates["bf16 product"] = lambda: half @ half
+        candidates["bf16 product"] = lambda: short @ short
     if "avx512_vnni" in backends.dot_products():
         candidates["int8 product"] = lambda: torch._int_mm(byte, byte)
     candidates["copy"] = lambda: other.copy_(large)
