@@ -276,6 +276,33 @@ def test_a_live_stream_is_connected_to_again(tmp_path, monkeypatch, caplog, gray
     assert summary["live"] and summary["reconnections"] >= 1
 
 
+def test_an_rtsp_camera(tmp_path, monkeypatch, caplog, capsys, gray_run) -> None:
+    from tests.rtsp_server import Camera
+
+    monkeypatch.setattr(video_module, "_RETRY_SECONDS", 0.01)
+    frames, out = scene(), tmp_path / "out"
+    with Camera(frames, password="me:secret") as camera:
+        # The film ends, and the camera hangs up, after every 24 frames.
+        with VideoReader(camera.url, limit=2 * FRAMES) as video:
+            assert video.live and video.frame_size == (HEIGHT, WIDTH)
+            seen = torch.cat([part for part, _ in video]).numpy().astype(int)
+        assert camera.connections >= 2 and video.reconnected >= 1 and video.dropped == 0
+        arguments = ["--out", str(out), "--limit", str(FRAMES)]
+        assert score.main([str(gray_run), camera.url, *arguments]) == 0
+        url = camera.url.replace("secret", "wrong")
+        arguments[1] = str(tmp_path / "refused")
+        assert score.main([str(gray_run), url, *arguments]) == 2
+    # MPEG-2 loses a little.
+    assert np.abs(seen - np.concatenate([frames, frames])).mean() < 3
+    assert len(rows_of(out / "scores.csv")) == FRAMES
+    message = capsys.readouterr().err
+    assert "401 Unauthorized" in message and not (tmp_path / "refused").exists()
+    written = [path.read_text() for path in out.iterdir() if path.suffix in (".json", ".html")]
+    assert len(written) == 2 and "rtsp://127.0.0.1" in written[0]
+    for text in (message, caplog.text, *written):
+        assert "secret" not in text and "wrong" not in text
+
+
 def test_attempts_to_connect_again_are_limited(tmp_path, monkeypatch, capsys, gray_run) -> None:
     monkeypatch.setattr(video_module, "_RETRY_SECONDS", 0.01)
     write(tmp_path / "a.mjpeg", scene(), "mjpeg")
