@@ -41,10 +41,12 @@ def test_figures_follow_from_the_scores(finished, protocol) -> None:
     rows = rows_of(folder / "scratch" / "mnist-3-0" / f"scores-{protocol}.csv")
     labels = [int(row["anomalous"]) for row in rows]
     energies = torch.tensor([float(row["energy"]) for row in rows])
-    for kind in ("normal", "perturbed", "average"):
+    plain = ("normal", "perturbed", "average")
+    for kind in (*plain, *(f"smoothed_{name}" for name in plain)):
         errors = torch.tensor([float(row[kind]) for row in rows])
         assert metrics.auroc(errors, labels) == record["auroc"][kind]
-        relative = metrics.auroc(relative_errors(errors, energies), labels)
+        exponent = record["relative_exponent"]
+        relative = metrics.auroc(relative_errors(errors, energies, exponent), labels)
         assert relative == pytest.approx(record["auroc"][f"relative_{kind}"])
     assert record["auroc"]["reported"] == record["auroc"][record["score"]]
     assert record["auroc"]["ours"] == record["auroc"][record["ours"]]

@@ -6,12 +6,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastalps.ops import per_sample_mse
+from fastalps.smoothing import smoothed_errors
+
 # As many components as the latent of the preset "paper" has.
 PCA_COMPONENTS = 16
 
 
-def scores(method: str, train: Tensor, test: Tensor, seed: int) -> Tensor:
-    """Anomaly scores (M,) float32 of uint8 test images; higher = more anomalous.
+def scores(method: str, train: Tensor, test: Tensor, seed: int) -> dict[str, Tensor]:
+    """Anomaly scores by kind, (M,) float32 of uint8 test images; higher = more anomalous.
 
     Args:
         method: "ocsvm" (RBF kernel, gamma "scale", nu 0.1), "iforest" (200 trees) or "pca" (mean
@@ -25,7 +28,11 @@ def scores(method: str, train: Tensor, test: Tensor, seed: int) -> Tensor:
 
         pca = PCA(PCA_COMPONENTS, random_state=seed).fit(x)
         rebuilt = pca.inverse_transform(pca.transform(y))
-        return torch.from_numpy(((rebuilt - y) ** 2).mean(1)).float()
+        images, rebuilt = (torch.from_numpy(a).float().view(test.shape) for a in (y, rebuilt))
+        return {
+            "normal": per_sample_mse(rebuilt, images),
+            "smoothed_normal": smoothed_errors(images, rebuilt),
+        }
     if method == "ocsvm":
         from sklearn.svm import OneClassSVM
 
@@ -34,4 +41,4 @@ def scores(method: str, train: Tensor, test: Tensor, seed: int) -> Tensor:
         from sklearn.ensemble import IsolationForest
 
         detector = IsolationForest(200, random_state=seed).fit(x)
-    return torch.from_numpy(-detector.score_samples(y)).float()
+    return {"normal": torch.from_numpy(-detector.score_samples(y)).float()}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fastalps
 from bench.quality import baselines, pictures
+from bench.quality.kinds import all_kinds, best_kind, measured
 from bench.quality.recipes import BASELINES, PERTURBATION, QUICK, RECIPES
 from fastalps import metrics
 from fastalps.cli import figures
@@ -21,11 +22,10 @@ from fastalps.cli.run_folder import write_metrics, write_scores
 from fastalps.data import OneClassData, load_images
 from fastalps.environment import result_record
 from fastalps.files import make_folder
-from fastalps.models import ALPS, Scores
-from fastalps.relative import energy, relative_errors
-from fastalps.training import FitResult
+from fastalps.relative import energy
+from fastalps.smoothing import SIZE
 from fastalps.training.trainer import CHECKPOINT
-from fastalps.training.validation import FIXED_KIND, score_all
+from fastalps.training.validation import FIXED_KIND
 
 PROTOCOLS = ("paper", "strict")
 CLASSES = 10
@@ -79,28 +79,28 @@ def run(cell: Cell, root: Path, results: Path, scratch: Path, quick: bool = Fals
     score with the highest AUROC on the validation images, by `strict` the last epoch and the
     average score, which no data chose. Both come from one training, on the same images.
 
-    `reported` is of the paper's three kinds; `ours` may also be one of the relative kinds
-    (`fastalps.relative`), again chosen on the validation images by `paper` and fixed by the recipe
-    for `strict`.
+    `reported` is of the paper's three kinds; `ours` may also be one with our additions
+    (`kinds.py`), again chosen on the validation images by `paper` and fixed by the recipe for
+    `strict`.
     """
     data = load_images(
         cell.dataset, root, normal_class=cell.normal_class, protocol="paper", seed=cell.seed
     )
-    begin = time.perf_counter()
+    recipe = RECIPES[cell.dataset]
     if cell.method in BASELINES:
+        begin = time.perf_counter()
         scores = baselines.scores(cell.method, data.train, data.test, cell.seed)
-        everything = Scores(scores, scores, scores)
-        # Reconstruction errors, unlike distances and path lengths, can be relative.
-        ours = _relative(FIXED_KIND) if cell.method == "pca" else FIXED_KIND
-        parts = {protocol: (everything, FIXED_KIND, {"ours": ours}) for protocol in PROTOCOLS}
+        # Reconstruction errors, unlike distances and path lengths, can have our additions.
+        ours = recipe.strict_score if "smoothed_normal" in scores else "normal"
+        details = {"ours": ours, "seconds": round(time.perf_counter() - begin, 1)}
+        parts = dict.fromkeys(PROTOCOLS, (scores, "normal", details))
     else:
         parts = _train(cell, data, make_folder(scratch / cell.name), quick)
-    seconds = time.perf_counter() - begin
     make_folder(results)
     for protocol, (found, kind, details) in parts.items():
         areas = {
             k: metrics.auroc(v, data.test_labels)
-            for k, v in _all_kinds(found, energy(data.test)).items()
+            for k, v in all_kinds(found, data.test, recipe.exponent).items()
         }
         areas |= {"reported": areas[kind], "ours": areas[details["ours"]]}
         record = result_record(
@@ -111,9 +111,10 @@ def run(cell: Cell, root: Path, results: Path, scratch: Path, quick: bool = Fals
             normal_class=cell.normal_class,
             method=cell.method,
             score=kind,
-            seconds=round(seconds, 1),
             threads=torch.get_num_threads(),
             quick=quick,
+            relative_exponent=recipe.exponent,
+            smoothed_size=SIZE,
             **details,
         )
         # The table reads auroc.* at the top.
@@ -121,26 +122,9 @@ def run(cell: Cell, root: Path, results: Path, scratch: Path, quick: bool = Fals
         write_metrics(cell.path(results, protocol), record)
 
 
-def _relative(kind: str) -> str:
-    return f"relative_{kind}"
-
-
-def _all_kinds(scores: Scores, energies: Tensor) -> dict[str, Tensor]:
-    """The three kinds of score and the same relative to the images' contrast."""
-    plain = {kind: values.cpu() for kind, values in scores._asdict().items()}
-    return plain | {_relative(k): relative_errors(v, energies) for k, v in plain.items()}
-
-
-def _best_kind(model: ALPS, data: OneClassData) -> str:
-    """The kind of score, the relative ones included, that ranks the validation images best."""
-    kinds = _all_kinds(score_all(model, data.validation), energy(data.validation))
-    areas = {k: metrics.auroc(v, data.validation_labels) for k, v in kinds.items()}
-    return max(areas, key=lambda kind: areas[kind])
-
-
 def _train(
     cell: Cell, data: OneClassData, folder: Path, quick: bool
-) -> dict[str, tuple[Scores, str, dict[str, Any]]]:
+) -> dict[str, tuple[dict[str, Tensor], str, dict[str, Any]]]:
     recipe = RECIPES[cell.dataset]
     training = {**recipe.training, **(QUICK if quick else {}), "seed": cell.seed}
     config = fastalps.TrainConfig(**training, protocol="paper")
@@ -157,8 +141,12 @@ def _train(
         "model": dataclasses.asdict(model.config),
         "flops_per_image": model.flops(),
         "training": dataclasses.asdict(config),
+        # Of the epochs, whatever the number of runs that they took.
+        "seconds": round(
+            sum(len(data.train) / row["images_per_second"] for row in fitted.history), 1
+        ),
     }
-    picked, ours = score_all(model, data.test), _best_kind(model, data)
+    picked, ours = measured(model, data.test), best_kind(model, data, recipe.exponent)
     examples = _examples(data)
     figures.reconstructions(folder / "reconstructions.png", model, *examples)
     pictures.keep_examples(folder / pictures.EXAMPLES, model, *examples)
@@ -168,7 +156,8 @@ def _train(
         "ours": ours,
     }
     parts = {"paper": (picked, fitted.score, {**details, **chosen})}
-    last = _last(fitted, data.test)
+    fitted.model.load_state_dict(fitted.last_weights)
+    last = measured(fitted.model, data.test)
     chosen = {
         "chosen_epoch": config.epochs,
         "chosen_by": "fixed: the last epoch",
@@ -177,21 +166,16 @@ def _train(
     parts["strict"] = (last, FIXED_KIND, {**details, **chosen})
     for protocol, (found, _, _) in parts.items():
         # With the energy, who reads it can compute the relative kinds.
-        columns = ("image", "anomalous", *Scores._fields, "energy")
+        columns = ("image", "anomalous", *found, "energy")
         rows = zip(
             data.test_names,
             data.test_labels.tolist(),
-            *(kind.tolist() for kind in found),
+            *(kind.tolist() for kind in found.values()),
             energy(data.test).tolist(),
             strict=True,
         )
         write_scores(folder / f"scores-{protocol}.csv", columns, rows)
     return parts
-
-
-def _last(fitted: FitResult, images: Tensor) -> Scores:
-    fitted.model.load_state_dict(fitted.last_weights)
-    return score_all(fitted.model, images)
 
 
 def _examples(data: OneClassData) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,17 @@ LABELS = {
     "pca": "PCA",
 }
 # What a row says after the method's name.
-KINDS = {"reported": "", "ours": ", ours: errors relative to contrast allowed"}
+KINDS = {"reported": "", "ours": ", ours: smoothed and relative errors allowed"}
+# The kinds of score that ALPS gets rows of.
+ALPS_KINDS = (
+    "reported",
+    "normal",
+    "perturbed",
+    "average",
+    "relative_normal",
+    "smoothed_normal",
+    "relative_smoothed_normal",
+)
 
 
 def table(
@@ -48,7 +58,7 @@ def table(
         lines.append(_row(["paper's ALPS", *(f"{v:.2f}" for v in values), f"{mean:.2f}", "", ""]))
     missing: list[str] = []
     for method in methods:
-        kinds = ["reported", "normal", "perturbed", "average"] if method == "alps" else ["reported"]
+        kinds = list(ALPS_KINDS) if method == "alps" else ["reported"]
         if method not in ("ocsvm", "iforest"):
             kinds.append("ours")
         for kind in kinds:
@@ -90,7 +100,7 @@ def _method_row(
     whole = [seed for seed in seeds if all((c, seed) in found for c in classes)]
     by_seed = [statistics.mean(found[c, seed] for c in classes) for seed in whole]
     spread = f"{statistics.stdev(by_seed):.2f}" if len(by_seed) > 1 else "-"
-    name = LABELS[method] + KINDS.get(kind, f", {kind} score")
+    name = LABELS[method] + KINDS.get(kind, f", {kind.replace('_', ' ')} score")
     return _row([name, *texts, mean, spread, str(len(whole))]), absent
 
 
