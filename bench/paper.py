@@ -44,25 +44,76 @@ def _parser() -> Parser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--table", type=int, choices=(1, 2, 3), default=1)
-    parser.add_argument("--dataset", choices=tuple(RECIPES), default="mnist")
     parser.add_argument(
-        "--protocol", choices=cells.PROTOCOLS, default="paper", help="to print (table II: strict)"
+        "--table",
+        type=int,
+        choices=(1, 2, 3),
+        default=1,
+        help="of the paper: 1 images, 2 UCSD Ped2, 3 ablation (default: 1)",
     )
-    parser.add_argument("--classes", type=int, nargs="+", default=list(range(cells.CLASSES)))
-    parser.add_argument("--seeds", type=int, default=3, help="0, 1, ... so many")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, help="instead of the table's")
-    parser.add_argument("--jobs", type=int, default=usable_cores(), help="cells side by side")
-    parser.add_argument("--print-only", action="store_true", help="run nothing")
+    parser.add_argument(
+        "--dataset", choices=tuple(RECIPES), default="mnist", help="of tables 1 and 3"
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=cells.PROTOCOLS,
+        default="paper",
+        help="whose figures to print; both are computed (default: paper; table 2: strict alone)",
+    )
+    parser.add_argument(
+        "--classes",
+        type=int,
+        nargs="+",
+        default=list(range(cells.CLASSES)),
+        metavar="K",
+        help="normal classes, 0 to 9 (default: all)",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="train with the seeds 0 to N - 1 (default: 3)",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        metavar="NAME",
+        help=f"of {', '.join(METHODS)} (default: the table's)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=usable_cores(),
+        metavar="N",
+        help="cells side by side, a thread each (default: as many as cores)",
+    )
+    parser.add_argument(
+        "--print-only", action="store_true", help="print the table of finished cells, run none"
+    )
     parser.add_argument("--quick", action="store_true", help="two epochs; the figures mean nothing")
     parser.add_argument(
         "--root",
         type=Path,
         default=ROOT.parent / "shared" / "data",
+        metavar="DIR",
         help="folder of the data sets (default: ../shared/data)",
     )
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--scratch", type=Path, default=ROOT / "runs" / "quality")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=RESULTS,
+        metavar="DIR",
+        help="gets a JSON file a cell and protocol, and figures (default: bench/results/quality)",
+    )
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        default=ROOT / "runs" / "quality",
+        metavar="DIR",
+        help="gets checkpoints, scores.csv and pictures of each cell (default: runs/quality)",
+    )
     # What the program calls itself with, one process a cell.
     parser.add_argument(
         "--cell", nargs=3, metavar=("CLASS", "SEED", "METHOD"), help=argparse.SUPPRESS
