@@ -2,8 +2,8 @@
 
 Trains on the normal class's training images but 500, and ranks those 500 among 4,500 training
 images of the other classes: what options of bench/paper.py's recipes are chosen by. Prints AUROC in
-% of the scores after every epoch, of the relative scores, and of each other class alone after the
-last.
+% of the scores after every epoch, and after the last of smoothed and of relative errors, and of
+each other class alone.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 
 import fastalps
 from bench.command_line import guarded
+from bench.quality.kinds import scores_with
 from fastalps import metrics
 from fastalps.cli.options import ModelOptions, make_parser, parse, pick
 from fastalps.data import OneClassData, load_images
@@ -108,19 +109,22 @@ def _run(arguments: Sequence[str]) -> int:
             areas = {k: round(100 * row[f"validation_auroc_{k}"], 2) for k in Scores._fields}
             print(json.dumps({"epoch": row["epoch"], **areas}), flush=True)
     model.load_state_dict(fitted.last_weights)
-    scores = score_all(model, data.validation)
     energies, labels = energy(data.validation), data.validation_labels
-    for exponent in (0.25, 0.5, 2 / 3, 0.75, 1.0):
-        areas = {
-            kind: _percent(relative_errors(values, energies, exponent), labels)
-            for kind, values in scores._asdict().items()
-        }
-        print(json.dumps({"relative, exponent": round(exponent, 2), **areas}))
+    for smoothing in (1, 3, 5, 7):
+        scores = scores_with(model, data.validation, smoothing)
+        for exponent in (0.0, 1 / 3, 1 / 2, 2 / 3, 1.0):
+            areas = {
+                kind: _percent(relative_errors(values, energies, exponent), labels)
+                for kind, values in scores.items()
+            }
+            how = {"smoothing": smoothing, "relative, exponent": round(exponent, 2)}
+            print(json.dumps({**how, **areas}))
+    normal = score_all(model, data.validation).normal
     alone = {}
     for c in range(10):
         if c != trial.normal_class:
             chosen = ~labels | (classes == c)
-            alone[str(c)] = _percent(scores.normal[chosen], labels[chosen])
+            alone[str(c)] = _percent(normal[chosen], labels[chosen])
     print(json.dumps({"normal score, one class against": alone}))
     print(json.dumps({"MFLOP an image": round(model.flops() / 1e6, 1)}))
     print(json.dumps({"model": dataclasses.asdict(model.config)}))

@@ -24,14 +24,13 @@ import torch
 
 import fastalps
 from bench.command_line import Parser, guarded
+from bench.quality.kinds import all_kinds, measured
 from bench.quality.recipes import RECIPES
 from bench.trial import trial_data
 from fastalps import metrics
 from fastalps.environment import result_record
 from fastalps.errors import UserError
 from fastalps.files import make_folder, write_json
-from fastalps.relative import energy, relative_errors
-from fastalps.training.validation import score_all
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -71,13 +70,8 @@ def _train(dataset: str, normal_class: int, name: str, root: str) -> None:
     config = fastalps.TrainConfig(**{**recipe.training, "seed": 0, "validate_every": 1000})
     fitted = fastalps.Trainer(config, progress=False).fit(model, data)
     model.load_state_dict(fitted.last_weights)
-    scores, labels = score_all(model, data.validation), data.validation_labels
-    energies = energy(data.validation)
-    areas = {kind: metrics.auroc(values, labels) for kind, values in scores._asdict().items()}
-    areas |= {
-        f"relative_{kind}": metrics.auroc(relative_errors(values, energies), labels)
-        for kind, values in scores._asdict().items()
-    }
+    kinds = all_kinds(measured(model, data.validation), data.validation, recipe.exponent)
+    areas = {k: metrics.auroc(v, data.validation_labels) for k, v in kinds.items()}
     record = result_record(
         "held-out training images", {"auroc": areas}, seed=0, dataset=dataset,
         normal_class=normal_class, widths=name, model={k: list(v) for k, v in WIDTHS[name].items()},

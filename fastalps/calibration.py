@@ -117,7 +117,10 @@ def calibrate(
     """
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
-    settings: dict[str, Any] = {"precision": scorer.precision}
+    settings: dict[str, Any] = {
+        "precision": scorer.precision,
+        "smoothing": scorer.model.config.smoothing,
+    }
     if level == "image":
         scores = scorer.score_images(normal_data)
     else:

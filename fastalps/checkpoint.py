@@ -81,12 +81,21 @@ class Calibration:
         if not 1 <= self.correlation < math.inf:
             raise ValueError(f"correlation: expected at least 1, got {self.correlation}")
 
+    @property
+    def score_meaning(self) -> str:
+        """What a score is, without the threshold."""
+        smoothing = self.settings.get("smoothing", 1)
+        if smoothing == 1:
+            return SCORE_MEANING
+        pixels = f"pixels in [0, 1], differences averaged over {smoothing} x {smoothing} of them"
+        return SCORE_MEANING.replace("pixels in [0, 1]", pixels)
+
     def explain(self) -> str:
         """What a score is and what the threshold means, in one sentence without a full stop."""
         rate = 100 * self.target_false_positive_rate
         text = (
-            f"{SCORE_MEANING}; above {self.threshold:.6g} it is flagged, which at most {rate:g}% "
-            f"of {self.samples} held-out normal {UNITS[self.level]} are"
+            f"{self.score_meaning}; above {self.threshold:.6g} it is flagged, which at most "
+            f"{rate:g}% of {self.samples} held-out normal {UNITS[self.level]} are"
         )
         median = dict(self.quantiles).get(0.5)
         return text if median is None else f"{text} (half of them score at most {median:.4g})"

@@ -188,6 +188,7 @@ class DetectorConfig:
     learning_rate: float
     distorter_every: int
     score_kind: str
+    smoothing: int
     device: str
 
 
@@ -220,7 +221,10 @@ class Detector:
         self.score_kind = config.score_kind
         self.layout = Layout.learn(rows, shape, config.image_size)
         channels, height, width = self.layout.shape
-        overrides: dict[str, Any] = {"perturbation": config.perturbation}
+        overrides: dict[str, Any] = {
+            "perturbation": config.perturbation,
+            "smoothing": config.smoothing,
+        }
         if config.latent is not None:
             overrides["latent"] = config.latent
         if config.batch_size == 1:

@@ -48,6 +48,8 @@ def why_not(config: ModelConfig, device: torch.device, precision: str) -> str:
         return f"the fused kernels compute in bf16, not in {precision}"
     if config.perturbation == "noise":
         return "the fused kernels draw no noise for a perturbation"
+    if config.smoothing != 1:
+        return "the fused kernels do not smooth residuals"
     if shape_number(config) is None:
         known = ", ".join(f"{preset} at {side} x {side}" for preset, side in SHAPES)
         return (

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastalps import reference
 from fastalps.inference import fold_batch_norm
 from fastalps.models import ALPS
+from fastalps.smoothing import smooth
 
 
 class ImageGraph(nn.Module):
@@ -47,14 +48,27 @@ class ImageGraph(nn.Module):
         network = self.network
         latent = network.encode(images)
         if self.score == "normal":
-            return reference.sigmoid_mse(network.decode(latent), images)
+            return self._compare(network.decode(latent), images)
         perturbed, _ = reference.perturb_latent(
             latent, network.distort(images), network.config.strength
         )
         if self.score == "perturbed":
-            return reference.sigmoid_mse(network.decode(perturbed), images)
+            return self._compare(network.decode(perturbed), images)
         both = network.decode(torch.cat([latent, perturbed]))
-        return reference.paired_sigmoid_mse(both, images).mean(0)
+        return self._compare(both, images).mean(0)
+
+    def _compare(self, logits: Tensor, images: Tensor) -> Tensor:
+        """(N,) of N reconstructions; (2, N) of 2N, where the score is the average."""
+        paired = self.score == "average"
+        size = self.network.config.smoothing
+        if size == 1:
+            if paired:
+                return reference.paired_sigmoid_mse(logits, images)
+            return reference.sigmoid_mse(logits, images)
+        rebuilt, targets = smooth(logits.sigmoid(), size), smooth(images, size)
+        if paired:
+            return reference.paired_mse(rebuilt, targets)
+        return reference.per_sample_mse(rebuilt, targets)
 
 
 class FrameGraph(ImageGraph):

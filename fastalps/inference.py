@@ -22,6 +22,7 @@ from fastalps import ops
 from fastalps.environment import has_fast_bfloat16
 from fastalps.inputs import unit_pixels
 from fastalps.models import ALPS, Decoder
+from fastalps.smoothing import reconstruction_errors
 
 PRECISIONS = ("fp32", "bf16")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -204,16 +205,17 @@ class LayerByLayer:
 
     def forward(self, batch: Tensor, passes: Passes) -> Tensor:
         """One batch, eagerly: (rows, n) float32."""
-        network = self.network
+        network, smoothing = self.network, self.network.config.smoothing
         target = batch.contiguous(memory_format=torch.channels_last)
         images = target.to(self.dtype)
         latent = network.encode(images)
         if passes == "normal":
-            return ops.sigmoid_mse(network.decode(latent), target)[None]
+            return reconstruction_errors(network.decode(latent), target, smoothing, False)
         perturbed, _ = ops.perturb_latent(latent, network.distort(images), network.config.strength)
         if passes == "perturbed":
-            return ops.sigmoid_mse(network.decode(perturbed), target)[None]
-        return ops.paired_sigmoid_mse(network.decode(torch.cat([latent, perturbed])), target)
+            return reconstruction_errors(network.decode(perturbed), target, smoothing, False)
+        both = network.decode(torch.cat([latent, perturbed]))
+        return reconstruction_errors(both, target, smoothing, True)
 
 
 class _Graph:

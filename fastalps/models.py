@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalps import ops
+from fastalps.smoothing import check_size, reconstruction_errors
 
 if TYPE_CHECKING:
     from fastalps.checkpoint import Calibration
@@ -54,7 +55,8 @@ class Scores(NamedTuple):
     """Anomaly scores, (N,) float32 each; higher = more anomalous.
 
     Attributes:
-        normal: mean squared error of the reconstruction, pixels in [0, 1]; so between 0 and 1.
+        normal: mean squared error of the reconstruction, pixels in [0, 1]; so between 0 and 1. Of
+            smoothed residuals where the model has `ModelConfig.smoothing`.
         perturbed: the same of the perturbed reconstruction.
         average: the mean of both.
     """
@@ -84,6 +86,9 @@ class ModelConfig:
         bound: on the distorter's output p: "none", "tanh" (tanh(p)) or "norm"
             (p / sqrt(mean p**2) per sample: unit root mean square).
         strength: factor on the perturbation.
+        smoothing: side, in pixels, of the neighbourhood over which a residual is averaged before
+            it is squared for a score (`fastalps.smoothing`); odd, 1: none, as in the paper.
+            Training is the same whatever it is.
     """
 
     image_size: tuple[int, int]
@@ -98,6 +103,7 @@ class ModelConfig:
     perturbation: str = "adversarial"
     bound: str = "none"
     strength: float = 1.0
+    smoothing: int = 1
 
     def __post_init__(self) -> None:
         _check_whole("image_size", self.image_size, 2, SMALLEST_IMAGE)
@@ -112,6 +118,7 @@ class ModelConfig:
             raise ValueError(f"negative_slope: expected in [0, 1), got {self.negative_slope}")
         if not 0 < self.strength < float("inf"):
             raise ValueError(f"strength: expected a positive number, got {self.strength}")
+        check_size("smoothing", self.smoothing)
 
     def map_sizes(self) -> list[tuple[int, int]]:
         """Sizes from the image down to the smallest map: each halves, rounding up."""
@@ -336,7 +343,8 @@ class ALPS(nn.Module):
             latent = self.encode(images)
             perturbed, _ = ops.perturb_latent(latent, self.distort(images), self.config.strength)
             logits = self.decode(torch.cat([latent, perturbed]))
-            normal, after = ops.paired_sigmoid_mse(logits, images).unbind()
+            errors = reconstruction_errors(logits, images, self.config.smoothing, True)
+            normal, after = errors.unbind()
         finally:
             if training:
                 self.train()

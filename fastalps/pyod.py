@@ -33,7 +33,7 @@ class ALPS(BaseDetector):
         image_size, preset, latent, perturbation: as for `fastalps.sklearn.ALPSDetector`, as is the
             form of X.
         epochs, batch_size, learning_rate, distorter_every: likewise.
-        score_kind, device, random_state: likewise.
+        score_kind, smoothing, device, random_state: likewise.
 
     Attributes:
         decision_scores_: of the training samples, (n,) float64.
@@ -54,6 +54,7 @@ class ALPS(BaseDetector):
         learning_rate: float = 1e-3,
         distorter_every: int = 5,
         score_kind: str = "average",
+        smoothing: int = 1,
         device: str = "auto",
         random_state: Any = None,
     ) -> None:
@@ -67,6 +68,7 @@ class ALPS(BaseDetector):
         self.learning_rate = learning_rate
         self.distorter_every = distorter_every
         self.score_kind = score_kind
+        self.smoothing = smoothing
         self.device = device
         self.random_state = random_state
 

@@ -4,23 +4,28 @@ Fine texture and the exact place of an edge are lost in a short latent vector, o
 of others; squared, that loss can outweigh everything else in an error. The mean over a small
 neighbourhood of the residual takes it away, since it changes sign from pixel to pixel, and leaves
 what is wrong over an area: a missing sleeve, a stroke in the wrong place. It is worth points of
-AUROC on MNIST and on Fashion-MNIST (docs/quality.md). Not part of the paper.
+AUROC on MNIST and on Fashion-MNIST (docs/quality.md). Not part of the paper, and so off unless a
+model is made with ``smoothing=3``: then all its scores are such errors; its training is as ever.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fastalps import ops
-from fastalps.inputs import unit_pixels
-from fastalps.models import ALPS, Scores
 
 # Chosen without a test label, on training images of all classes of MNIST and Fashion-MNIST:
 # docs/quality.md compares 3 to 9, and other filters.
 SIZE = 3
-BATCH = 512
+# Larger ones would be no neighbourhoods.
+LARGEST = 31
+
+
+def check_size(name: str, size: int) -> None:
+    """Raises ValueError unless `size` is the side of a neighbourhood."""
+    if not isinstance(size, int) or isinstance(size, bool) or size not in range(1, LARGEST + 1, 2):
+        raise ValueError(f"{name}: expected an odd number from 1 to {LARGEST}, got {size!r}")
 
 
 def smooth(images: Tensor, size: int = SIZE) -> Tensor:
@@ -28,16 +33,15 @@ def smooth(images: Tensor, size: int = SIZE) -> Tensor:
 
     Args:
         images: floating (N, C, H, W).
-        size: odd, 1 or more; 1 leaves the images as they are.
+        size: odd, 1 to 31; 1 leaves the images as they are.
 
     Returns:
         The same shape and dtype.
 
     Raises:
-        ValueError: an even or negative size, or images of other dimensions.
+        ValueError: another size, or images of other dimensions.
     """
-    if isinstance(size, bool) or size < 1 or size % 2 == 0:
-        raise ValueError(f"size must be an odd number of pixels from 1 up, got {size!r}")
+    check_size("size", size)
     if images.dim() != 4:
         raise ValueError(f"images must be (N, C, H, W), got shape {tuple(images.shape)}")
     if size == 1 or not images.numel():
@@ -67,35 +71,27 @@ def smoothed_errors(images: Tensor, reconstructions: Tensor, size: int = SIZE) -
     return ops.per_sample_mse(smooth(images, size), smooth(reconstructions, size))
 
 
-@torch.no_grad()
-def smoothed_scores(model: ALPS, images: Tensor, size: int = SIZE) -> Scores:
-    """The three scores of a model's reconstructions, of smoothed residuals.
+def reconstruction_errors(logits: Tensor, images: Tensor, size: int, paired: bool) -> Tensor:
+    """The errors of one or two reconstructions of each image, before their sigmoid.
 
     Args:
-        model: in whatever mode; eval-mode statistics are used, as by `fastalps.ALPS.score`.
-        images: uint8 or floating (0 to 1), (N, C, H, W); on any device.
-        size: see `smooth`.
+        logits: floating (N, C, H, W); (2N, C, H, W) where paired.
+        images: floating (N, C, H, W) in [0, 1].
+        size: of the neighbourhood, see `smooth`; 1: plain mean squared errors.
+        paired: whether there are two reconstructions of each image.
 
     Returns:
-        `Scores` (normal, perturbed, average), (N,) float32 each, on the model's device.
+        (1, N) or (2, N) float32.
 
     Raises:
-        ValueError, TypeError: images that the model does not take, or as `smooth`.
+        ValueError: as `smooth`; shapes that do not fit.
     """
-    device = next(model.parameters()).device
-    training = model.training
-    parts = []
-    try:
-        model.eval()
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            # A model perturbed by noise must score the same whatever was drawn before.
-            torch.manual_seed(0)
-            for batch in images.split(BATCH):
-                pixels = unit_pixels(batch.to(device))
-                out = model(pixels)
-                normal = smoothed_errors(pixels, out.reconstruction, size)
-                perturbed = smoothed_errors(pixels, out.perturbed_reconstruction, size)
-                parts.append(Scores(normal, perturbed, (normal + perturbed) / 2))
-    finally:
-        model.train(training)
-    return Scores(*(torch.cat(kind) for kind in zip(*parts, strict=True)))
+    if size == 1:
+        if paired:
+            return ops.paired_sigmoid_mse(logits, images)
+        return ops.sigmoid_mse(logits, images)[None]
+    targets = smooth(images.float(), size)
+    rebuilt = smooth(logits.float().sigmoid(), size)
+    if paired:
+        return ops.paired_mse(rebuilt, targets)
+    return ops.per_sample_mse(rebuilt, targets)[None]

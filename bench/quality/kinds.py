@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -15,7 +17,7 @@ from fastalps import ALPS
 from fastalps.data import OneClassData
 from fastalps.metrics import auroc
 from fastalps.relative import energy, relative_errors
-from fastalps.smoothing import smoothed_scores
+from fastalps.smoothing import SIZE
 from fastalps.training.validation import score_all
 
 SMOOTHED, RELATIVE = "smoothed_", "relative_"
@@ -23,9 +25,15 @@ SMOOTHED, RELATIVE = "smoothed_", "relative_"
 
 def measured(model: ALPS, images: Tensor) -> dict[str, Tensor]:
     """The kinds that need the model, on the CPU."""
-    plain, smoothed = score_all(model, images), smoothed_scores(model, images)
-    kinds = plain._asdict() | {SMOOTHED + k: v for k, v in smoothed._asdict().items()}
-    return {kind: values.cpu() for kind, values in kinds.items()}
+    smoothed = scores_with(model, images, SIZE)
+    return scores_with(model, images, 1) | {SMOOTHED + k: v for k, v in smoothed.items()}
+
+
+def scores_with(model: ALPS, images: Tensor, smoothing: int) -> dict[str, Tensor]:
+    """The three scores by the same weights (training does not depend on the smoothing)."""
+    other = copy.copy(model)
+    other.config = dataclasses.replace(model.config, smoothing=smoothing)
+    return {kind: values.cpu() for kind, values in score_all(other, images)._asdict().items()}
 
 
 def all_kinds(found: Mapping[str, Tensor], images: Tensor, exponent: float) -> dict[str, Tensor]:

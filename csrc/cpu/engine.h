@@ -121,6 +121,7 @@ constexpr int kMostSums = 1 << 16;
 // Of a narrow layer: terms of a pixel; bytes that 16 bits can sum.
 constexpr int kMostNarrowTerms = 9;
 constexpr int kMostPooled = 256;
+constexpr int kMostSmoothing = 31;
 
 enum class Bound { kNone, kTanh, kNorm };
 
@@ -129,6 +130,7 @@ struct Network {
   int64_t channels, height, width, latent;
   Bound bound;
   float strength;
+  int64_t smoothing;  // side of the neighbourhood that a residual is averaged over; 1: none
   const Layer* encoder;
   const Layer* distorter;
   const Layer* decoder;

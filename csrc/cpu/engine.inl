@@ -209,13 +209,70 @@ void load_block(const EngineArguments& a, int64_t first, int64_t count, float* t
   }
 }
 
+// Sigmoids of the logits less the pixels, in place.
 template <int V>
-void store_errors(const EngineArguments& a, int64_t first, int64_t count, const float* logits,
-                  const float* images, float* to) {
+void residuals_of(const Network& network, float* logits, const float* images) {
   constexpr int64_t kValue = V * kLanes;
-  const Network& network = *a.network;
-  double totals[kValue] = {};
-  // Sums of a row in single precision, rows in double: no digits are lost in large images.
+  for (int64_t i = 0; i < network.pixels(); ++i) {
+    Vec value[V];
+    for (int v = 0; v < V; ++v) value[v] = load(logits + i * kValue + v * kLanes);
+    sigmoid<V>(value);
+    for (int v = 0; v < V; ++v) {
+      store(logits + i * kValue + v * kLanes, value[v] - load(images + i * kValue + v * kLanes));
+    }
+  }
+}
+
+// Sums over as many places of an axis as a neighbourhood holds, `reach` on either side, as far as
+// the axis goes: from[begin * step], ..., from[(end - 1) * step] for the place `at`.
+template <int V>
+void sum_neighbours(const float* from, int64_t step, int64_t at, int64_t length, int64_t reach,
+                    Vec (&sums)[V], int64_t& count) {
+  const int64_t begin = at > reach ? at - reach : 0;
+  const int64_t end = at + reach < length ? at + reach + 1 : length;
+  for (int v = 0; v < V; ++v) sums[v] = Vec{};
+  for (int64_t i = begin; i < end; ++i) {
+    for (int v = 0; v < V; ++v) sums[v] += load(from + i * step + v * kLanes);
+  }
+  count = end - begin;
+}
+
+// Squares of residuals that are averaged over a neighbourhood first: along rows into `spare`, then
+// along columns.
+template <int V>
+void add_smoothed_squares(const Network& network, const float* residuals, float* spare,
+                          double* totals) {
+  constexpr int64_t kValue = V * kLanes;
+  const int64_t reach = network.smoothing / 2, step = network.channels * kValue;
+  const int64_t row = network.width * step;
+  Vec sums[V];
+  int64_t count;
+  for (int64_t y = 0; y < network.height; ++y) {
+    for (int64_t x = 0; x < network.width; ++x) {
+      for (int64_t c = 0; c < step; c += kValue) {
+        sum_neighbours<V>(residuals + y * row + c, step, x, network.width, reach, sums, count);
+        const Vec factor = splat(1.0f / static_cast<float>(count));
+        float* to = spare + y * row + x * step + c;
+        for (int v = 0; v < V; ++v) store(to + v * kLanes, sums[v] * factor);
+      }
+    }
+  }
+  for (int64_t y = 0; y < network.height; ++y) {
+    Vec squares[V] = {};
+    for (int64_t i = 0; i < row; i += kValue) {
+      sum_neighbours<V>(spare + i, row, y, network.height, reach, sums, count);
+      const Vec factor = splat(1.0f / static_cast<float>(count));
+      for (int v = 0; v < V; ++v) squares[v] += sums[v] * factor * (sums[v] * factor);
+    }
+    for (int64_t lane = 0; lane < kValue; ++lane) {
+      totals[lane] += squares[lane / kLanes][lane % kLanes];
+    }
+  }
+}
+
+template <int V>
+void add_squares(const Network& network, const float* logits, const float* images, double* totals) {
+  constexpr int64_t kValue = V * kLanes;
   const int64_t row = network.width * network.channels;
   for (int64_t y = 0; y < network.height; ++y) {
     Vec sums[V] = {};
@@ -230,6 +287,21 @@ void store_errors(const EngineArguments& a, int64_t first, int64_t count, const 
     }
     for (int64_t lane = 0; lane < kValue; ++lane)
       totals[lane] += sums[lane / kLanes][lane % kLanes];
+  }
+}
+
+// The logits, and as many values beside them in `spare`, are lost where residuals are smoothed.
+template <int V>
+void store_errors(const EngineArguments& a, int64_t first, int64_t count, float* logits,
+                  const float* images, float* spare, float* to) {
+  const Network& network = *a.network;
+  // Sums of a row in single precision, rows in double: no digits are lost in large images.
+  double totals[V * kLanes] = {};
+  if (network.smoothing == 1) {
+    add_squares<V>(network, logits, images, totals);
+  } else {
+    residuals_of<V>(network, logits, images);
+    add_smoothed_squares<V>(network, logits, spare, totals);
   }
   for (int64_t lane = 0; lane < count; ++lane) {
     to[a.positions[first + lane]] =
@@ -293,9 +365,9 @@ void engine_block_of(const EngineArguments& a, int64_t first, int64_t count, flo
     load_block<V, float>(a, first, count, images);
   }
   const auto decode = [&] {
-    const float* logits =
-        run_layers<V>(network.decoder, network.decoder_layers, latent, ping, pong, zeros, working);
-    store_errors<V>(a, first, count, logits, images, errors);
+    float* logits = const_cast<float*>(
+        run_layers<V>(network.decoder, network.decoder_layers, latent, ping, pong, zeros, working));
+    store_errors<V>(a, first, count, logits, images, logits == ping ? pong : ping, errors);
     errors += a.error_count;
   };
   __builtin_memcpy(

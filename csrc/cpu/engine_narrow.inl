@@ -357,10 +357,10 @@ void narrow_block_of(const EngineArguments& a, int64_t first, int64_t count, flo
     const NarrowLayer& next = network.narrow_decoder[0];
     encode_pixels<P, V>(ping, network.dense->out_channels / next.in_channels, next.in_channels,
                         network.dense_coding, pong_words);
-    const float* logits =
+    float* logits = const_cast<float*>(
         run_narrow_layers<P, V>(network.narrow_decoder, network.narrow_decoder_layers, pong_words,
-                                ping_words, pong_words, pooled);
-    store_errors<V>(a, first, count, logits, images, errors);
+                                ping_words, pong_words, pooled));
+    store_errors<V>(a, first, count, logits, images, logits == ping ? pong : ping, errors);
     errors += a.error_count;
   };
   encoder(network.narrow_encoder, network.narrow_encoder_layers, latent);

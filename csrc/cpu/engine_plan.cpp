@@ -30,7 +30,10 @@ EnginePlan::EnginePlan(const int64_t* plan, int64_t plan_size, const float* weig
   network.latent = next(1, kMost);
   network.bound = static_cast<Bound>(next(0, 2));
   network.strength = *floats(1);
+  network.smoothing = next(1, kMostSmoothing);
+  if (network.smoothing % 2 == 0) fail("a neighbourhood without a middle");
   const int64_t pixels = network.height * network.width;
+  fit(network.channels * pixels, 0);
   if (network.precision == Precision::kFp32) {
     network.encoder_layers =
         layers(network.encoder, network.channels, pixels, network.latent, 1, false);

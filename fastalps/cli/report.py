@@ -6,7 +6,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastalps.checkpoint import SCORE_MEANING, Calibration
+from fastalps.checkpoint import Calibration
 from fastalps.cli import report_page
 from fastalps.cli.overlays import Frame, overlay
 from fastalps.cli.score_summary import ScoreSummary
@@ -87,13 +87,15 @@ def _head(name: str, facts: Mapping[str, Any], record: Mapping[str, Any]) -> str
 def _meaning(facts: Mapping[str, Any], calibration: Calibration) -> list[str]:
     reduce = calibration.settings.get("frame_reduce", "max")
     gate = calibration.settings.get("gate_threshold")
-    threshold = facts["threshold"]
-    rule = facts["threshold_means"].removeprefix(f"{SCORE_MEANING}; ")
+    threshold, side = facts["threshold"], calibration.settings.get("smoothing", 1)
+    smoothed = "" if side == 1 else f", averaged over {side} x {side} pixels before it is squared"
+    rule = facts["threshold_means"].removeprefix(f"{calibration.score_meaning}; ")
     rule = rule.replace("it is flagged", "a frame is flagged")
     texts = [
         f"A frame's score is {_REDUCTIONS.get(reduce, reduce)}. A patch's error is the mean "
         "squared difference between its pixels, in [0, 1], and what a network that has only seen "
-        "normal scenes makes of them: 0 is a perfect reconstruction, higher is more anomalous. "
+        f"normal scenes makes of them{smoothed}: 0 is a perfect reconstruction, higher is more "
+        "anomalous. "
         f"An error of {threshold:.4g} is a typical difference of {255 * threshold**0.5:.1f} of "
         "255 gray levels a pixel. A score is no probability."
         if threshold >= 0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastalps import distributed, environment
 from fastalps.calibration import level_scores
-from fastalps.checkpoint import SCORE_MEANING, Calibration
+from fastalps.checkpoint import Calibration
 from fastalps.cli import command, figures, run_folder, shared_scoring
 from fastalps.cli.annotate import ANNOTATED, AnnotatedVideo
 from fastalps.cli.frame_sources import Chunk, Source
@@ -43,7 +43,7 @@ def threshold_of(calibration: Calibration, options: ScoreOptions) -> tuple[float
     if options.threshold is None:
         return calibration.threshold, calibration.explain()
     asked = options.threshold
-    return asked, f"{SCORE_MEANING}; above {asked:g} it is flagged, as asked for"
+    return asked, f"{calibration.score_meaning}; above {asked:g} it is flagged, as asked for"
 
 
 def score_source(

@@ -54,7 +54,7 @@ class Packer:
         self.plan += [PRECISIONS.index(precision), config.channels, *config.image_size]
         # The bound is the distorter's: noise has none.
         bound = "none" if model.distorter is None else config.bound
-        self.plan += [config.latent, BOUNDS.index(bound)]
+        self.plan += [config.latent, BOUNDS.index(bound), config.smoothing]
         self.weights.append(torch.tensor([config.strength]))
 
     def encoder(self, encoder: Encoder, sizes: Sequence[tuple[int, int]], slope: float) -> None:
