@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import paper
-from bench.quality import cells, rehearsal, tables, video
+from bench.quality import baselines, cells, recipes, rehearsal, tables, video
 from bench.quality.cells import Cell
 from fastalps import metrics
 from fastalps.relative import relative_errors
@@ -185,3 +185,15 @@ def test_a_failed_cell_is_told(tmp_path, capfd) -> None:
     captured = capfd.readouterr()
     assert "mnist-1-0-pca: failed" in captured.out
     assert "Traceback" not in captured.err and "needs the file" in captured.err
+
+
+@pytest.mark.parametrize("method", recipes.BASELINES)
+def test_baselines_rank_what_is_far_from_training_highest(rng, method) -> None:
+    train = torch.randint(0, 20, (200, 1, 8, 8), generator=rng, dtype=torch.uint8)
+    near = torch.randint(0, 20, (50, 1, 8, 8), generator=rng, dtype=torch.uint8)
+    far = torch.randint(0, 256, (50, 1, 8, 8), generator=rng, dtype=torch.uint8)
+    found = baselines.scores(method, train, torch.cat([near, far]), seed=0)
+    assert {"normal"} <= set(found) <= {"normal", "smoothed_normal"}
+    for scores in found.values():
+        assert scores.shape == (100,) and scores.dtype == torch.float32
+        assert scores[50:].min() > scores[:50].max()

@@ -40,5 +40,5 @@ def scores(method: str, train: Tensor, test: Tensor, seed: int) -> dict[str, Ten
     else:
         from sklearn.ensemble import IsolationForest
 
-        detector = IsolationForest(200, random_state=seed).fit(x)
+        detector = IsolationForest(n_estimators=200, random_state=seed).fit(x)
     return {"normal": torch.from_numpy(-detector.score_samples(y)).float()}
