@@ -46,6 +46,21 @@ def why_not(config: ModelConfig, device: torch.device, precision: str) -> str:
         return f"the fused kernels run on CUDA devices, not on {device.type}"
     if precision != "bf16":
         return f"the fused kernels compute in bf16, not in {precision}"
+    if reason := _not_covered(config):
+        return reason
+    native = backends.load_native("cuda")
+    if not native.available:
+        return native.reason
+    capability = torch.cuda.get_device_capability(device)
+    # 163 KiB of shared memory a block, which smaller chips of these generations lack.
+    if capability != (8, 0) and capability[0] not in (9, 10):
+        number = ".".join(map(str, capability))
+        return f"the fused kernels need compute capability 8.0, 9.x or 10.x, not {number}"
+    return ""
+
+
+def _not_covered(config: ModelConfig) -> str:
+    """What of a model the kernels do not have; empty if they have all."""
     if config.perturbation == "noise":
         return "the fused kernels draw no noise for a perturbation"
     if config.smoothing != 1:
@@ -57,14 +72,6 @@ def why_not(config: ModelConfig, device: torch.device, precision: str) -> str:
             f"{config.preset} with latent {config.latent}, {config.channels} channel(s) and images "
             f"of {config.image_size[0]} x {config.image_size[1]}"
         )
-    native = backends.load_native("cuda")
-    if not native.available:
-        return native.reason
-    capability = torch.cuda.get_device_capability(device)
-    # 163 KiB of shared memory a block, which smaller chips of these generations lack.
-    if capability != (8, 0) and capability[0] not in (9, 10):
-        number = ".".join(map(str, capability))
-        return f"the fused kernels need compute capability 8.0, 9.x or 10.x, not {number}"
     return ""
 
 
@@ -81,15 +88,15 @@ class FusedEngine:
         device: a CUDA device.
 
     Raises:
-        ValueError: a model of another shape.
+        ValueError: a model that the kernels do not cover.
     """
 
     def __init__(self, model: ALPS, device: torch.device) -> None:
         self.device = device
         self.config = model.config
         shape = shape_number(model.config)
-        if shape is None or model.config.perturbation == "noise":
-            raise ValueError(f"model: the fused kernels do not cover {model.config}")
+        if shape is None or _not_covered(model.config):
+            raise ValueError(f"model: {_not_covered(model.config)}")
         self.shape = shape
         self.weights, self.biases = (part.to(device) for part in pack_fused(model))
         count = torch.cuda.get_device_properties(device).multi_processor_count

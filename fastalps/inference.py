@@ -210,12 +210,12 @@ class LayerByLayer:
         images = target.to(self.dtype)
         latent = network.encode(images)
         if passes == "normal":
-            return reconstruction_errors(network.decode(latent), target, smoothing, False)
+            return reconstruction_errors(network.decode(latent), target, smoothing, paired=False)
         perturbed, _ = ops.perturb_latent(latent, network.distort(images), network.config.strength)
         if passes == "perturbed":
-            return reconstruction_errors(network.decode(perturbed), target, smoothing, False)
+            return reconstruction_errors(network.decode(perturbed), target, smoothing, paired=False)
         both = network.decode(torch.cat([latent, perturbed]))
-        return reconstruction_errors(both, target, smoothing, True)
+        return reconstruction_errors(both, target, smoothing, paired=True)
 
 
 class _Graph:

@@ -343,7 +343,7 @@ class ALPS(nn.Module):
             latent = self.encode(images)
             perturbed, _ = ops.perturb_latent(latent, self.distort(images), self.config.strength)
             logits = self.decode(torch.cat([latent, perturbed]))
-            errors = reconstruction_errors(logits, images, self.config.smoothing, True)
+            errors = reconstruction_errors(logits, images, self.config.smoothing, paired=True)
             normal, after = errors.unbind()
         finally:
             if training:

@@ -71,7 +71,7 @@ def smoothed_errors(images: Tensor, reconstructions: Tensor, size: int = SIZE) -
     return ops.per_sample_mse(smooth(images, size), smooth(reconstructions, size))
 
 
-def reconstruction_errors(logits: Tensor, images: Tensor, size: int, paired: bool) -> Tensor:
+def reconstruction_errors(logits: Tensor, images: Tensor, size: int, *, paired: bool) -> Tensor:
     """The errors of one or two reconstructions of each image, before their sigmoid.
 
     Args:

@@ -36,6 +36,7 @@ BF16 = SCORE_ERROR[torch.bfloat16]
         ({"latent": 64}, "bf16", "latent 64"),
         ({"distorter": (16, 32, 64)}, "bf16", "compiled for one channel and the widths of"),
         ({"perturbation": "noise"}, "bf16", "draw no noise"),
+        ({"smoothing": 3}, "bf16", "do not smooth residuals"),
     ],
 )
 def test_reasons(options, precision, reason):
@@ -51,9 +52,17 @@ def test_covered_without_a_library():
         assert "CUDA" in why_not(config, torch.device("cuda"), "bf16")
 
 
-def test_refuses_other_shapes():
-    with pytest.raises(ValueError, match="do not cover"):
-        FusedEngine(ALPS(32), torch.device("cuda"))
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"image_size": 32}, "images of 32 x 32"),
+        ({"perturbation": "noise"}, "draw no noise"),
+        ({"smoothing": 3}, "do not smooth"),
+    ],
+)
+def test_refuses_what_it_would_score_wrongly(options, reason):
+    with pytest.raises(ValueError, match=reason):
+        FusedEngine(ALPS(**options), torch.device("cuda"))
 
 
 def test_fragments_hold_each_weight_once():

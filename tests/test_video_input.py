@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import csv
 import functools
-import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from fastalps.data import video as video_module
 from fastalps.data.video import VideoReader, read_video, shown
 from fastalps.errors import UserError
 from fastalps.gate import MotionGate
+from tests.video_servers import Camera, Server
 
 av = pytest.importorskip("av", reason="PyAV is not installed: pip install 'fastalps[video]'")
 
@@ -205,51 +204,6 @@ def test_a_video_scores_as_its_frames_do(run, tmp_path, capsys) -> None:
     assert summary["frames"] == FRAMES and summary["complete"] and summary["dropped_frames"] == 0
 
 
-class Server:
-    """A local HTTP server of files; `cut` sends only so many bytes of them, `silent` none; `live`
-    does not say how many there will be, as a camera."""
-
-    def __init__(
-        self, folder: Path, cut: int | None = None, silent: bool = False, live: bool = False
-    ) -> None:
-        stop = self.stop = threading.Event()
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                if silent:
-                    stop.wait(20)
-                    return
-                content = (folder / self.path.lstrip("/")).read_bytes()
-                self.send_response(200)
-                self.send_header("Content-Type", "application/octet-stream")
-                if live:
-                    self.send_header("Transfer-Encoding", "chunked")
-                else:
-                    self.send_header("Content-Length", str(len(content)))
-                self.send_header("Connection", "close")
-                self.end_headers()
-                if live:
-                    content = b"%x\r\n%s\r\n0\r\n\r\n" % (len(content), content)
-                self.wfile.write(content[:cut])
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        self.server.shutdown()
-        self.server.server_close()
-
-
 # A transport stream states no duration: it is no live stream for all that.
 @pytest.mark.parametrize(("name", "codec"), [("a.mp4", "mpeg4"), ("a.ts", "mpeg2video")])
 def test_a_stream_over_http_scores_as_the_file(tmp_path, name: str, codec: str) -> None:
@@ -277,8 +231,6 @@ def test_a_live_stream_is_connected_to_again(tmp_path, monkeypatch, caplog, gray
 
 
 def test_an_rtsp_camera(tmp_path, monkeypatch, caplog, capsys, gray_run) -> None:
-    from tests.rtsp_server import Camera
-
     monkeypatch.setattr(video_module, "_RETRY_SECONDS", 0.01)
     frames, out = scene(), tmp_path / "out"
     with Camera(frames, password="me:secret") as camera:
@@ -310,7 +262,7 @@ def test_attempts_to_connect_again_are_limited(tmp_path, monkeypatch, capsys, gr
     with server, VideoReader(f"{server.url}/a.mjpeg", reconnects=2) as video:
         chunks = iter(video)
         assert len(next(chunks)[0]) > 0
-        server.__exit__()
+        server.close()
         with pytest.raises(UserError, match="2 attempts to connect again failed"):
             list(chunks)
 

@@ -1,13 +1,15 @@
-"""A camera on this machine that speaks RTSP: enough of RFC 2326 for who plays over TCP."""
+"""Videos served on this machine: files over HTTP, and a camera that speaks RTSP."""
 
 from __future__ import annotations
 
 import base64
+import http.server
 import socket
 import socketserver
 import threading
+from pathlib import Path
+from typing import Any
 
-import av
 import numpy as np
 
 # MPEG video, which needs no further description (RFC 3551).
@@ -19,8 +21,70 @@ _DESCRIPTION = (
 _WHO = 'WWW-Authenticate: Basic realm="a"'
 
 
+class _Served:
+    """A server on a thread of its own, until the end of a `with` block."""
+
+    def _serve(self, server: Any) -> str:
+        """Starts it; returns its address."""
+        self._server = server
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"127.0.0.1:{server.server_address[1]}"
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class Server(_Served):
+    """A local HTTP server of files; `cut` sends only so many bytes of them, `silent` none; `live`
+    does not say how many there will be, as a camera."""
+
+    def __init__(
+        self, folder: Path, cut: int | None = None, silent: bool = False, live: bool = False
+    ) -> None:
+        stop = self.stop = threading.Event()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                if silent:
+                    stop.wait(20)
+                    return
+                content = (folder / self.path.lstrip("/")).read_bytes()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/octet-stream")
+                if live:
+                    self.send_header("Transfer-Encoding", "chunked")
+                else:
+                    self.send_header("Content-Length", str(len(content)))
+                self.send_header("Connection", "close")
+                self.end_headers()
+                if live:
+                    content = b"%x\r\n%s\r\n0\r\n\r\n" % (len(content), content)
+                self.wfile.write(content[:cut])
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://{self._serve(server)}"
+
+    def close(self) -> None:
+        self.stop.set()
+        super().close()
+
+
 def rtp_packets(frames: np.ndarray, rate: int) -> list[bytes]:
     """Gray frames, uint8 (n, H, W), as RTP packets of MPEG-2 video."""
+    import av  # Not everywhere: the tests that need it are skipped then.
+
     packets: list[bytes] = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as inbox:
         inbox.bind(("127.0.0.1", 0))
@@ -53,8 +117,10 @@ def rtp_packets(frames: np.ndarray, rate: int) -> list[bytes]:
     return packets
 
 
-class Camera:
+class Camera(_Served):
     """Plays a film to whoever connects, once per connection, and then hangs up.
+
+    It speaks enough of RTSP (RFC 2326) for who wants packets over TCP.
 
     Args:
         frames: the film, uint8 (n, H, W).
@@ -115,17 +181,8 @@ class Camera:
             # Who has seen enough hangs up in the middle of the film.
             handle_error = staticmethod(lambda *_: None)
 
-        self._server = Threads(("127.0.0.1", 0), Handler)
         who = "" if password is None else password + "@"
-        self.url = f"rtsp://{who}127.0.0.1:{self._server.server_address[1]}/live"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def __enter__(self) -> Camera:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self.url = f"rtsp://{who}{self._serve(Threads(('127.0.0.1', 0), Handler))}/live"
 
 
 def _basic(password: str) -> str:
