@@ -142,13 +142,15 @@ def test_pixel_kinds(tmp_path: Path, rng: torch.Generator) -> None:
 
 
 def test_gray_of_a_color_jpeg_is_its_luma(tmp_path: Path, rng: torch.Generator) -> None:
-    color = bytes_of((4, 4, 3), rng).repeat(8, axis=0).repeat(8, axis=1)
+    # Muted colours: none is clipped on its way to RGB, so luma and the gray of that RGB differ by
+    # two roundings, each of at most one half.
+    muted = 96 + bytes_of((4, 4, 3), rng) // 4
+    color = muted.repeat(8, axis=0).repeat(8, axis=1)
     path = tmp_path / "x.jpg"
     Image.fromarray(color).save(path, quality=95)
     gray = read_images(path, channels=1)[0][0, 0].numpy().astype(int)
     whole = np.asarray(Image.open(path).convert("L")).astype(int)
-    assert np.abs(gray - whole).max() <= 3  # clipped colours change the round trip by a little
-    assert np.abs(gray - whole).mean() < 0.7
+    assert np.abs(gray - whole).max() <= 1
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
