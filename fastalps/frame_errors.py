@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from fastalps.chunks import Plan
 from fastalps.inference import Cut, Passes
 from fastalps.inputs import Pixels, check_pixels, home, release_mapped, to_tensor
+from fastalps.streaming import COMPUTE, Staging
 
 
 class Network(Protocol):
@@ -66,6 +68,7 @@ def frame_errors(
     threshold: float | None,
     background: Tensor | None,
     offset: int = 0,
+    staging: Staging | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Cuts frames into patches and runs the network on those that the motion gate keeps.
 
@@ -78,28 +81,37 @@ def frame_errors(
         threshold: of the gate, gray levels; None = no gate.
         background: uint8 (H, W) for the gate; may be None when there are no frames.
         offset: number of the first frame within its stream, for messages.
+        staging: how the frames get to the network's device beside its work; None = at once.
 
     Returns:
         errors (rows, N, P) float32, 0 where the gate dropped the patch, and kept bool (N, P), or
-        None without a gate. Both on the frames' device.
+        None without a gate. Both on the frames' device; with staging on the network's, where they
+        may still be under way.
     """
     rows = 2 if passes == "both" else 1
     shape = (len(frames), plan.patches)
-    errors = torch.zeros(rows, *shape, device=home(frames))
-    kept = None if threshold is None else torch.zeros(shape, dtype=torch.bool, device=home(frames))
-    if background is not None:
+    where = home(frames) if staging is None else network.device
+    errors = torch.zeros(rows, *shape, device=where)
+    kept = None if threshold is None else torch.zeros(shape, dtype=torch.bool, device=where)
+    if background is not None and staging is None:
         background = background.to(network.device)
+    elif background is not None and staging is not None:
+        background = staging.constant(background)
     for part, band in plan.pieces(len(frames)):
-        whole = to_tensor(frames[part])
-        if band.first == 0:
+        if band is plan.bands[0]:
+            whole = to_tensor(frames[part])
             check_pixels("frames", whole, offset + part.start)
-        pixels = whole[..., band.top : band.bottom, :].to(network.device)
+            whole = whole.to(network.device) if staging is None else staging.upload(whole)
+            release_mapped(frames)
+        pixels = whole[..., band.top : band.bottom, :]
         gate: tuple[Tensor, float] | tuple[()] = ()
         if threshold is not None and background is not None:
             gate = (background[band.top : band.bottom], threshold)
-        found, moved = network.frame_errors(pixels, cut, passes, *gate)
-        errors[:, part, band.first : band.last] = found.to(errors.device)
+        with contextlib.nullcontext() if staging is None else staging.span(COMPUTE):
+            found, moved = network.frame_errors(pixels, cut, passes, *gate)
+        errors[:, part, band.first : band.last] = found.to(where)
         if kept is not None and moved is not None:
-            kept[part, band.first : band.last] = moved.to(kept.device)
-        release_mapped(frames)
+            kept[part, band.first : band.last] = moved.to(where)
+        if staging is not None and band is plan.bands[-1]:
+            staging.release()
     return errors, kept

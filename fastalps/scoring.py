@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -40,6 +41,8 @@ from fastalps.inputs import (
     to_tensor,
 )
 from fastalps.models import ALPS, Scores
+from fastalps.stage_times import StageTimes
+from fastalps.streaming import Arriving, Staging, one_ahead
 
 if TYPE_CHECKING:
     from fastalps.checkpoint import Calibration
@@ -79,9 +82,15 @@ class Scorer:
             and device. The engine and the fused kernels choose for themselves.
         device: where to run; None = where the model is.
 
+    Attributes:
+        times: gets what a CUDA device worked on a stream and was waited for, see
+            `fastalps.streaming`; None, the default, = nothing is timed.
+
     Raises:
         ValueError, TypeError: an argument out of its range.
     """
+
+    times: StageTimes | None = None
 
     def __init__(
         self,
@@ -268,9 +277,10 @@ class Scorer:
 
         Returns:
             for an array, the `FrameScores` of its frames (on their device; CPU for arrays); for a
-            stream, an iterator that yields the `FrameScores` of each chunk as it comes. Working
-            memory does not depend on the number of frames. The gate's background, unless given, is
-            the median of the clip; of a stream, of what came so far.
+            stream, an iterator that yields the `FrameScores` of each chunk as it comes; on a CUDA
+            device, when the next chunk has been taken, which is copied while this one is computed.
+            Working memory does not depend on the number of frames. The gate's background, unless
+            given, is the median of the clip; of a stream, of what came so far.
 
         Raises:
             ValueError: a shape that does not fit the model; a patch larger than the frame; a frame
@@ -298,7 +308,7 @@ class Scorer:
         self, frames: Pixels | Iterable[Pixels], kinds: Sequence[str]
     ) -> dict[str, FrameScores] | Iterator[dict[str, FrameScores]]:
         if is_array(frames):
-            return self._clip(frames, kinds)  # type: ignore[arg-type]
+            return self._finished(self._launch(frames, kinds), kinds)  # type: ignore[arg-type]
         if not isinstance(frames, Iterable):
             raise TypeError(
                 "frames must be a tensor, an array or an iterable of them, "
@@ -309,6 +319,19 @@ class Scorer:
     def _stream(
         self, chunks: Iterable[Pixels], kinds: Sequence[str]
     ) -> Iterator[dict[str, FrameScores]]:
+        staging = self._staging()
+        launched = self._launched(chunks, kinds, staging)
+        for pending in launched if staging is None else one_ahead(launched):
+            yield self._finished(pending, kinds)
+
+    def _staging(self) -> Staging | None:
+        """The way of a stream to the device; None where the network reads the frames in place."""
+        return Staging(self.device, self.times) if self.device.type == "cuda" else None
+
+    def _launched(
+        self, chunks: Iterable[Pixels], kinds: Sequence[str], staging: Staging | None
+    ) -> Iterator[_Pending]:
+        """Checks the chunks of a stream and starts on each, in order."""
         size: tuple[int, ...] | None = None
         estimate: StreamingBackground | None = None
         if self.gate is not None and self.gate.background is None:
@@ -329,7 +352,7 @@ class Scorer:
             background = None
             if estimate is not None and (len(chunk) or estimate.seen):
                 background = estimate.update(chunk)
-            yield self._clip(chunk, kinds, offset, background)
+            yield self._launch(chunk, kinds, offset, background, staging)
             offset += len(chunk)
 
     def _check_frames(self, frames: Pixels) -> None:
@@ -352,13 +375,14 @@ class Scorer:
                 f"got {by(shape[-2:])}"
             )
 
-    def _clip(
+    def _launch(
         self,
         frames: Pixels,
         kinds: Sequence[str],
         offset: int = 0,
         background: Tensor | None = None,
-    ) -> dict[str, FrameScores]:
+        staging: Staging | None = None,
+    ) -> _Pending:
         self._check_frames(frames)
         if frames.ndim == 4 and self.channels == 1:
             frames = frames[:, 0]
@@ -366,6 +390,8 @@ class Scorer:
         plan = plan_chunks(
             size, self.patch_size, self.stride, self.edge, bytes_per_pixel=4 * self.channels
         )
+        if staging is not None:
+            plan = staging.limit(plan, frames[:1].nbytes)
         passes: Passes = "both" if len(kinds) > 1 else passes_for(kinds[0])
         if self.gate is not None and background is None and len(frames):
             background = self.gate.background
@@ -374,14 +400,25 @@ class Scorer:
         threshold = None if self.gate is None else self.gate.threshold
         cut = (self.patch_size, self.stride, self.edge)
         errors, kept = frame_errors(
-            self._network(), frames, plan, cut, passes, threshold, background, offset
+            self._network(), frames, plan, cut, passes, threshold, background, offset, staging
         )
+        if staging is None:
+            return _Pending(errors, kept, size)
+        if home(frames).type != "cpu":
+            kept = None if kept is None else kept.to(home(frames))
+            return _Pending(errors.to(home(frames)), kept, size)
+        return _Pending(errors, kept, size, Arriving(staging, errors, kept))
+
+    def _finished(self, pending: _Pending, kinds: Sequence[str]) -> dict[str, FrameScores]:
+        errors, kept = pending.errors, pending.kept
+        if pending.arriving is not None:
+            errors, kept = pending.arriving.wait()
         results = {}
         for kind in kinds:
             patches = pick(errors, kind)
             reduced = reduce_patches(patches, self.frame_reduce, self.top_k)
             results[kind] = FrameScores(
-                patches, reduced, kept, size, self.patch_size, self.stride, self.edge
+                patches, reduced, kept, pending.size, self.patch_size, self.stride, self.edge
             )
         return results
 
@@ -397,6 +434,17 @@ class Scorer:
         from fastalps.calibration import calibrate
 
         return calibrate(self, normal_data, target_fpr, level)
+
+
+@dataclass
+class _Pending:
+    """What `Scorer._launch` has started: the errors and flags of `frame_errors`, and the frames'
+    size; where they are still on their way to the host, `arriving` has both instead."""
+
+    errors: Tensor
+    kept: Tensor | None
+    size: tuple[int, int]
+    arriving: Arriving | None = None
 
 
 def _check_kind(score: str) -> None:
