@@ -63,9 +63,10 @@ def ordered_map(
 ) -> Iterator[Result]:
     """`map(function, items)` on `workers` threads, in order, at most `ahead` results waiting.
 
-    Pillow decodes without the interpreter's lock, so threads are enough. An error stops the rest.
+    Pillow decodes without the interpreter's lock, so threads are enough; a single one, too, works
+    while the caller does. An error stops the rest.
     """
-    if workers == 1 or len(items) == 1:
+    if len(items) == 1:
         yield from map(function, items)
         return
     pool = ThreadPoolExecutor(workers, thread_name_prefix="fastalps-decode")
