@@ -11,25 +11,30 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+# The stage in `StageTimes.worked` of what reads files and decodes them; one piece a frame or image.
+DECODE = "decode"
+
 
 class StageTimes:
     """Seconds of a pipeline's stages.
 
     The thread that made it drives the pipeline: `lap` divides the time of that thread among the
     stages, so that these add up to the whole. `add`, `calls` and `items` count the work that other
-    threads and devices do meanwhile, which adds up to nothing.
+    threads and devices do meanwhile.
 
     Attributes:
         wall: stage -> seconds that the driving thread spent in it or waited for it.
         worked: stage -> seconds of work; of several threads their sum.
         computed: stage -> those of them in which its threads had a CPU, rather than waited for a
-            disk, a lock or another thread to make room. Without what a library's own threads did.
+            disk or for other threads; a library's own threads are not seen.
+        pieces: stage -> number of pieces of work.
     """
 
     def __init__(self) -> None:
         self.wall: defaultdict[str, float] = defaultdict(float)
         self.worked: defaultdict[str, float] = defaultdict(float)
         self.computed: defaultdict[str, float] = defaultdict(float)
+        self.pieces: defaultdict[str, int] = defaultdict(int)
         self._lock = threading.Lock()
         self._last = time.perf_counter()
 
@@ -45,26 +50,26 @@ class StageTimes:
         return sum(self.wall.values())
 
     def add(self, stage: str, seconds: float, computed: float = 0.0) -> None:
-        """Adds work of a stage; from any thread."""
+        """Adds a piece of work of a stage; from any thread."""
         with self._lock:
             self.worked[stage] += seconds
             self.computed[stage] += computed
+            self.pieces[stage] += 1
 
     def calls(self, stage: str, function: Callable[[Item], Result]) -> Callable[[Item], Result]:
-        """The same function; its calls are work of the stage."""
+        """The same function; each call is a piece of work of the stage."""
 
         def timed(item: Item) -> Result:
             begin, computing = time.perf_counter(), time.thread_time()
-            try:
-                return function(item)
-            finally:
-                seconds, computing = time.perf_counter() - begin, time.thread_time() - computing
-                self.add(stage, seconds, computing)
+            result = function(item)
+            seconds, computing = time.perf_counter() - begin, time.thread_time() - computing
+            self.add(stage, seconds, computing)
+            return result
 
         return timed
 
     def items(self, stage: str, items: Iterator[Item]) -> Iterator[Item]:
-        """The same items; what making them takes is work of the stage."""
+        """The same items; the making of each is a piece of work of the stage."""
         following = self.calls(stage, next)
         while True:
             try:

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from fastalps.cli.options import ScoreOptions
 from fastalps.data import IMAGE_SUFFIXES, iter_frames, still_background
+from fastalps.data.decode import worker_count
 from fastalps.data.frames import frame_sample
 from fastalps.data.video import VideoReader, is_url, is_video, shown, video_sample
 from fastalps.errors import UserError
 from fastalps.gate import CLIP_SAMPLES, clip_background
+from fastalps.stage_times import StageTimes
 
 # Frames of a video file that are decoded once more in advance, for the background of its gate.
 BACKGROUND_FRAMES = 4096
@@ -40,26 +42,36 @@ class Source:
 
     Args:
         path: of the folder or file, or the address.
-        options: chunk, limit, timeout and reconnects count.
+        options: chunk, workers, limit, timeout and reconnects count.
         realtime: see `VideoReader`.
+        times: gets what the decoding threads worked; None = nothing is timed.
 
     Attributes:
         name: as it may be shown: of a file without its folder, of an address without a password.
         video: the reader; None = a folder.
+        threads: that decode.
 
     Raises:
         UserError: nothing there, or nothing that can be read.
     """
 
-    def __init__(self, path: str, options: ScoreOptions, realtime: bool) -> None:
-        self._path, self._options = path, options
+    def __init__(
+        self,
+        path: str,
+        options: ScoreOptions,
+        realtime: bool,
+        times: StageTimes | None = None,
+    ) -> None:
+        self._path, self._options, self._times = path, options, times
         self.name = shown(path) if is_url(path) else Path(path).name or path
         self.video: VideoReader | None = None
+        self.threads = worker_count(options.workers)
         if os.path.isfile(path) and Path(path).suffix.lower() in IMAGE_SUFFIXES:
             raise UserError(
                 f"{path} is one image; give the folder of the clip's frames, or a video"
             )
         if is_video(path):
+            self.threads = 1
             self.video = VideoReader(
                 path,
                 options.chunk,
@@ -67,6 +79,7 @@ class Source:
                 limit=options.limit,
                 timeout=options.timeout,
                 reconnects=options.reconnects,
+                times=times,
             )
         elif realtime:
             raise UserError(f"--realtime is for videos and cameras; {path} is none")
@@ -87,7 +100,7 @@ class Source:
         """What the motion gate compares frames with, uint8 (H, W): no change for frames of motion,
         else the median of the clip; None = to be learned as the frames come."""
         if self.video is None:
-            sample = frame_sample(self._path, 1 if moving else CLIP_SAMPLES)
+            sample = frame_sample(self._path, 1 if moving else CLIP_SAMPLES, self.threads)
             size = (sample.shape[1], sample.shape[2])
             return still_background(size) if moving else clip_background(sample)
         if moving:
@@ -105,7 +118,8 @@ class Source:
                 yield Chunk(frames, names, times)
             return
         left = self._options.limit
-        for frames, files in iter_frames(self._path, self._options.chunk):
+        stream = iter_frames(self._path, self._options.chunk, self.threads, self._times)
+        for frames, files in stream:
             count = len(frames) if left is None else min(left, len(frames))
             if count:
                 yield Chunk(frames[:count], list(files[:count]), [None] * count)

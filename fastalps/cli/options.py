@@ -131,6 +131,8 @@ class ScoreOptions:
         overlays: frames to draw with their heatmaps, those with the highest scores; -1 = all.
         chunk: frames read and scored at a time.
         batch_size: patches or images a network call; null = chosen by size and device.
+        workers: threads that decode a folder's frames or images, while others are scored; null =
+            one for each CPU.
         limit: frames to score at most; null = all. A camera has no end: give one, or Ctrl-C.
         timeout: seconds to wait for an answer of a network stream.
         reconnects: attempts in a row to connect to a camera or a live stream again.
@@ -142,6 +144,7 @@ class ScoreOptions:
     overlays: int = 10
     chunk: int = 128
     batch_size: int | None = None
+    workers: int | None = None
     limit: int | None = None
     timeout: float = 10.0
     reconnects: int = 5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,18 @@ from fastalps.checkpoint import Calibration
 from fastalps.cli import command, figures, run_folder, shared_scoring
 from fastalps.cli.frame_sources import Source
 from fastalps.cli.options import ScoreOptions, make_parser, parse, pick
-from fastalps.cli.score_frames import SUMMARY, TIMELINE, score_source, threshold_of
+from fastalps.cli.score_frames import SUMMARY, TIMELINE, Extras, score_source, threshold_of
+from fastalps.cli.score_profile import READ, SCORE, START, WRITE, Profile
 from fastalps.cli.score_summary import Watch
 from fastalps.data import read_images
+from fastalps.data.decode import worker_count
 from fastalps.data.video import VIDEO_SUFFIXES, is_url
 from fastalps.errors import UserError
 from fastalps.files import make_folder
 from fastalps.gate import MotionGate
 from fastalps.models import ALPS
 from fastalps.scoring import Scorer
+from fastalps.stage_times import StageTimes
 
 NAME = "fastalps-score"
 
@@ -70,6 +72,12 @@ def score(arguments: Sequence[str]) -> None:
         action="store_true",
         help="write annotated.mp4, too: each frame of a video with heatmap, score and flag",
     )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="tell where the time went, stage by stage, and what the slowest one needs",
+    )
+    times = StageTimes()
     try:
         namespace = parse(parser, arguments)
         options = pick(namespace, ScoreOptions)
@@ -86,7 +94,7 @@ def score(arguments: Sequence[str]) -> None:
             return
         with shared_scoring.leading():
             scorer, calibration = _load(namespace.run, options, device)
-            _score(namespace, options, scorer, calibration)
+            _score(namespace, options, scorer, calibration, times)
 
 
 def _load(run: str, options: ScoreOptions, device: str) -> tuple[Scorer, Calibration]:
@@ -96,7 +104,16 @@ def _load(run: str, options: ScoreOptions, device: str) -> tuple[Scorer, Calibra
     return make_scorer(model, model.calibration, options, device), model.calibration
 
 
-def _score(namespace: Any, options: ScoreOptions, scorer: Scorer, calibration: Calibration) -> None:
+def _score(
+    namespace: Any,
+    options: ScoreOptions,
+    scorer: Scorer,
+    calibration: Calibration,
+    times: StageTimes,
+) -> None:
+    # What threads and the device do is timed on demand.
+    details = times if namespace.profile else None
+    scorer.times = details
     if calibration.level == "image":
         if is_url(namespace.input) or namespace.realtime or namespace.annotated:
             raise UserError(
@@ -104,11 +121,14 @@ def _score(namespace: Any, options: ScoreOptions, scorer: Scorer, calibration: C
                 "image; for videos and cameras train a run on video"
             )
         folder = make_folder(namespace.out)
-        _score_images(scorer, Path(namespace.input), folder, calibration, options)
+        _score_images(
+            scorer, Path(namespace.input), folder, calibration, options, times, namespace.profile
+        )
         return
-    with Source(namespace.input, options, namespace.realtime) as source:
+    with Source(namespace.input, options, namespace.realtime, details) as source:
         folder = make_folder(namespace.out)
-        score_source(source, scorer, folder, calibration, options, namespace.annotated)
+        extras = Extras(namespace.annotated, namespace.profile)
+        score_source(source, scorer, folder, calibration, options, times, extras)
 
 
 def make_scorer(
@@ -134,7 +154,13 @@ def make_scorer(
 
 
 def _score_images(
-    scorer: Scorer, source: Path, folder: Path, calibration: Calibration, options: ScoreOptions
+    scorer: Scorer,
+    source: Path,
+    folder: Path,
+    calibration: Calibration,
+    options: ScoreOptions,
+    times: StageTimes,
+    profile: bool,
 ) -> None:
     if not source.exists():
         raise UserError(f"the input {source} does not exist; give a folder of images or an image")
@@ -142,10 +168,18 @@ def _score_images(
         raise UserError(
             f"{source} is a video, but the run is on images; give a run that was trained on video"
         )
-    images, names = read_images(source, size=scorer.image_size, channels=scorer.channels)
-    begin = time.perf_counter()
+    threads = worker_count(options.workers)
+    times.lap(START)
+    images, names = read_images(
+        source,
+        size=scorer.image_size,
+        channels=scorer.channels,
+        workers=threads,
+        times=times if profile else None,
+    )
+    times.lap(READ)
     scores = shared_scoring.score_images(scorer, images)
-    seconds = time.perf_counter() - begin
+    times.lap(SCORE)
     watch = Watch(calibration)
     watch.add(scores)
     watch.finish()
@@ -157,7 +191,7 @@ def _score_images(
     ]
     run_folder.write_scores(folder / run_folder.SCORES, ("image", "score", "flagged"), rows)
     figures.timeline(folder / TIMELINE, scores, calibration, threshold, f"{source.name}: scores")
-    rate = len(scores) / seconds
+    rate = len(scores) / times.wall[SCORE]
     facts: dict[str, Any] = {
         "images": len(scores),
         "flagged": int(flagged.sum()),
@@ -168,9 +202,12 @@ def _score_images(
         "precision": scorer.precision,
         "processes": distributed.world_size(),
     }
-    record = environment.result_record(
-        "score, level image", facts | watch.facts(), seed=None, input=source.name
-    )
+    facts |= watch.facts()
+    times.lap(WRITE)
+    profiled = Profile(times, scorer, options, len(scores), "images", threads) if profile else None
+    if profiled is not None:
+        facts["profile"] = profiled.facts()
+    record = environment.result_record("score, level image", facts, seed=None, input=source.name)
     run_folder.write_metrics(folder / SUMMARY, record)
     print(
         f"{len(scores)} images, {int(flagged.sum())} flagged; scored at {rate:,.1f} images/s "
@@ -180,6 +217,8 @@ def _score_images(
     text = watch.text()
     if text is not None:
         print(text)
+    if profiled is not None:
+        print(profiled.text())
     print(f"wrote {folder}: {run_folder.SCORES}, {TIMELINE}, {SUMMARY}")
 
 

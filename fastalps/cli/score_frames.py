@@ -22,6 +22,7 @@ from fastalps.cli.options import ScoreOptions
 from fastalps.cli.overlays import Frame, WorstFrames, draw_overlay
 from fastalps.cli.report import REPORT, report_page_of
 from fastalps.cli.score_files import LINES, ScoreFiles, partial
+from fastalps.cli.score_profile import FINISH, MOTION, READ, SCORE, START, WRITE, Profile
 from fastalps.cli.score_summary import ScoreSummary, Watch
 from fastalps.data import motion_frames
 from fastalps.errors import UserError
@@ -29,6 +30,7 @@ from fastalps.files import make_folder, write_text
 from fastalps.frame_scores import FrameScores
 from fastalps.gate import MotionGate
 from fastalps.scoring import Scorer
+from fastalps.stage_times import StageTimes
 
 OVERLAYS = "overlays"
 TIMELINE = "timeline.png"
@@ -46,22 +48,39 @@ def threshold_of(calibration: Calibration, options: ScoreOptions) -> tuple[float
     return asked, f"{calibration.score_meaning}; above {asked:g} it is flagged, as asked for"
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What is written on demand.
+
+    Attributes:
+        annotated: the video with heatmaps and flags.
+        profile: where the time went, into the summary and onto the screen.
+    """
+
+    annotated: bool = False
+    profile: bool = False
+
+
 def score_source(
     source: Source,
     scorer: Scorer,
     folder: Path,
     calibration: Calibration,
     options: ScoreOptions,
-    annotate: bool = False,
+    times: StageTimes,
+    extras: Extras,
 ) -> None:
     """Scores frames to their end, an error or Ctrl-C, and writes all results into `folder`.
+
+    Args:
+        times: of the command, begun with it; with a profile, the source and the scorer add to it.
 
     Raises:
         UserError: nothing could be scored, or the source broke off. command.Interrupted: Ctrl-C.
             What was scored before has been written by then, under names with ".partial" (but
             under the final ones where a source without an end was stopped by Ctrl-C).
     """
-    run = FrameRun(source, scorer, folder, calibration, options, annotate)
+    run = FrameRun(source, scorer, folder, calibration, options, times, extras)
     problem: UserError | command.Interrupted | None = None
     complete = True
     begin = time.perf_counter()
@@ -88,11 +107,10 @@ def score_source(
 
 @dataclass
 class _Counts:
-    """Patches, how many of them the motion gate let through, and seconds of scoring alone."""
+    """Patches, and how many of them the motion gate let through."""
 
     patches: int = 0
     kept: int = 0
-    seconds: float = 0.0
 
 
 class FrameRun:
@@ -105,7 +123,8 @@ class FrameRun:
         folder: Path,
         calibration: Calibration,
         options: ScoreOptions,
-        annotate: bool,
+        times: StageTimes,
+        extras: Extras,
     ) -> None:
         if scorer.channels != 1:
             raise UserError(
@@ -114,19 +133,19 @@ class FrameRun:
             )
         self.source, self.scorer, self.folder = source, scorer, folder
         self.calibration, self.options = calibration, options
+        self.clock, self.extras = times, extras
         self.threshold, self.meaning = threshold_of(calibration, options)
         self.summary = ScoreSummary(self.threshold)
         self.watch = Watch(calibration)
         self.worst = WorstFrames(max(0, options.overlays))
         rate = None if source.video is None else source.video.frame_rate
         self.reported = WorstFrames(REPORTED, max(1, round(rate or SPACING)))
-        self.annotated = AnnotatedVideo(folder, rate) if annotate else None
+        self.annotated = AnnotatedVideo(folder, rate) if extras.annotated else None
         self.counts = _Counts()
-        times = () if source.video is None else ("time",)
-        self.files = ScoreFiles(folder, ("frame", *times, "score", "flagged"))
+        timed = () if source.video is None else ("time",)
+        self.files = ScoreFiles(folder, ("frame", *timed, "score", "flagged"))
         # Read, and not yet scored.
         self._chunks: deque[Chunk] = deque()
-        self._waited = 0.0
 
     def score_all(self) -> None:
         """Scores every frame of the source; rows are written chunk by chunk."""
@@ -134,11 +153,11 @@ class FrameRun:
         gate = self.scorer.gate
         if gate is not None:
             self.scorer.gate = MotionGate(gate.threshold, self.source.background(moving))
-        begin = time.perf_counter()
+        self.clock.lap(START)
         for result in shared_scoring.score_frames(self.scorer, self._pixels(moving)):
-            self.counts.seconds += time.perf_counter() - begin - self._waited
+            self.clock.lap(SCORE)
             self._take(self._chunks.popleft(), result)
-            begin, self._waited = time.perf_counter(), 0.0
+            self.clock.lap(WRITE)
         self.watch.finish()
 
     def _pixels(self, moving: bool) -> Iterator[Tensor]:
@@ -146,15 +165,19 @@ class FrameRun:
         before: Tensor | None = None
         chunks = iter(self.source)
         while True:
-            begin = time.perf_counter()
+            # The scorer has worked since it took the chunk before.
+            self.clock.lap(SCORE)
             chunk = next(chunks, None)
-            self._waited += time.perf_counter() - begin
+            self.clock.lap(READ)
             if chunk is None:
                 return
             self._chunks.append(chunk)
             frames = chunk.frames
-            yield motion_frames(frames, before) if moving else frames
-            before = frames[-1].clone()
+            if moving:
+                frames = motion_frames(chunk.frames, before)
+                before = chunk.frames[-1].clone()
+                self.clock.lap(MOTION)
+            yield frames
 
     def _take(self, chunk: Chunk, result: FrameScores) -> None:
         counts, options = self.counts, self.options
@@ -232,8 +255,30 @@ class FrameRun:
             self.scorer.model.config,
         )
         write_text(self._named(REPORT, complete), page)
+        self.clock.lap(FINISH)
+        if self.extras.profile:
+            record["metrics"]["profile"] = self._profile().facts()
         run_folder.write_metrics(self._named(SUMMARY, complete), record)
         self._print(complete, wall_seconds)
+
+    def _profile(self) -> Profile:
+        counts, video = self.counts, self.source.video
+        return Profile(
+            self.clock,
+            self.scorer,
+            self.options,
+            self.summary.frames,
+            "frames",
+            self.source.threads,
+            video=video is not None,
+            paced=video is not None and (video.live or video.realtime),
+            kept=counts.kept / counts.patches if self.scorer.gate and counts.patches else None,
+            annotated=self.extras.annotated,
+        )
+
+    def _seconds(self) -> float:
+        """Of the way from decoded pixels to scores."""
+        return self.clock.wall[MOTION] + self.clock.wall[SCORE]
 
     def _named(self, name: str, complete: bool) -> Path:
         path = self.folder / name
@@ -244,7 +289,7 @@ class FrameRun:
     ) -> dict[str, Any]:
         """The figures of the run, ready for JSON."""
         summary, counts, video = self.summary, self.counts, self.source.video
-        rate = summary.frames / counts.seconds if counts.seconds else 0.0
+        rate = summary.frames / self._seconds() if self._seconds() else 0.0
         facts: dict[str, Any] = {
             "frames": summary.frames,
             "complete": complete,
@@ -274,7 +319,7 @@ class FrameRun:
 
     def _print(self, complete: bool, wall_seconds: float) -> None:
         summary, counts, video = self.summary, self.counts, self.source.video
-        rate = summary.frames / counts.seconds if counts.seconds else 0.0
+        rate = summary.frames / self._seconds() if self._seconds() else 0.0
         print(
             f"{summary.frames} frames, {summary.flagged} flagged; scored at {rate:,.1f} frames/s "
             f"({self.scorer.precision}{shared_scoring.processes_text()}; decoding and drawing not "
@@ -292,6 +337,8 @@ class FrameRun:
         text = self.watch.text()
         if text is not None:
             print(text)
+        if self.extras.profile:
+            print(self._profile().text())
         names = [run_folder.SCORES, LINES, REPORT, TIMELINE, SUMMARY]
         if self.annotated is not None:
             names.append(ANNOTATED)

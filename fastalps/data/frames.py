@@ -22,6 +22,7 @@ from fastalps.data.decode import (
 )
 from fastalps.data.listing import list_frames, list_images, require_folder
 from fastalps.errors import UserError
+from fastalps.stage_times import DECODE, StageTimes
 
 # Enough waiting results to keep every thread busy while the consumer stores one.
 _AHEAD_PER_WORKER = 4
@@ -65,7 +66,10 @@ def read_frames(
 
 
 def iter_frames(
-    path: str | os.PathLike[str], chunk: int = 256, workers: int | None = None
+    path: str | os.PathLike[str],
+    chunk: int = 256,
+    workers: int | None = None,
+    times: StageTimes | None = None,
 ) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
     """`read_frames` in pieces: memory is bounded by about three chunks whatever the video's length.
 
@@ -74,6 +78,7 @@ def iter_frames(
     Args:
         path, workers: as for `read_frames`.
         chunk: frames a piece; the last piece may be shorter.
+        times: gets what the threads worked; None = nothing is timed.
 
     Returns:
         an iterator of (uint8 (t, H, W) frames, their t file names). Every piece is new memory.
@@ -85,7 +90,9 @@ def iter_frames(
         raise UserError(f"chunk must be a positive number of frames, got {chunk!r}")
     threads = worker_count(workers)
     paths = list_frames(require_folder(path, "frames"))
-    return _chunks(paths, read_header(paths[0]), chunk, threads)
+    first = read_header(paths[0])
+    frames = decode_frames(paths, first, threads, max(chunk, threads), times)
+    return _chunks(paths, first, frames, chunk)
 
 
 def frame_sample(path: str | os.PathLike[str], samples: int, workers: int | None = None) -> Tensor:
@@ -103,9 +110,8 @@ def frame_sample(path: str | os.PathLike[str], samples: int, workers: int | None
 
 
 def _chunks(
-    paths: Sequence[Path], first: Header, chunk: int, workers: int
+    paths: Sequence[Path], first: Header, frames: Iterator[Pixels], chunk: int
 ) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
-    frames = decode_frames(paths, first, workers, max(chunk, workers))
     for start in range(0, len(paths), chunk):
         names = tuple(path.name for path in paths[start : start + chunk])
         piece = np.empty((len(names), *first.size), dtype=np.uint8)
@@ -115,7 +121,11 @@ def _chunks(
 
 
 def decode_frames(
-    paths: Sequence[Path], first: Header, workers: int, ahead: int
+    paths: Sequence[Path],
+    first: Header,
+    workers: int,
+    ahead: int,
+    times: StageTimes | None = None,
 ) -> Iterator[Pixels]:
     """Decodes gray frames in order; raises SourceError for one whose size is not the first's."""
 
@@ -128,7 +138,8 @@ def decode_frames(
             )
         return pixels
 
-    return ordered_map(decode, paths, workers, ahead)
+    timed = decode if times is None else times.calls(DECODE, decode)
+    return ordered_map(timed, paths, workers, ahead)
 
 
 def read_images(
@@ -137,6 +148,7 @@ def read_images(
     size: int | Sequence[int] | None = None,
     channels: int | None = None,
     workers: int | None = None,
+    times: StageTimes | None = None,
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Reads the images of a folder and its sub-folders, or one image file.
 
@@ -145,6 +157,7 @@ def read_images(
         size: H = W, or (H, W), to resize to (bilinear, antialiased); None = as stored.
         channels: 1 = gray, 3 = RGB; None = 1 if every image is stored as gray, else 3.
         workers: decoding threads; None = one for each CPU.
+        times: gets what the threads worked; None = nothing is timed.
 
     Returns:
         uint8 (N, C, H, W) images in natural order, and their N paths relative to `path`.
@@ -154,10 +167,10 @@ def read_images(
     """
     root = Path(path)
     if root.is_file():
-        return decode_images([root], size, channels, workers), (root.name,)
+        return decode_images([root], size, channels, workers, times), (root.name,)
     paths = list_images(root, recursive=True)
     names = tuple(p.relative_to(root).as_posix() for p in paths)
-    return decode_images(paths, size, channels, workers), names
+    return decode_images(paths, size, channels, workers, times), names
 
 
 def decode_images(
@@ -165,6 +178,7 @@ def decode_images(
     size: int | Sequence[int] | None,
     channels: int | None,
     workers: int | None,
+    times: StageTimes | None = None,
 ) -> Tensor:
     """Decodes image files of one size, or resized to one, to uint8 (N, C, H, W)."""
     threads = worker_count(workers)
@@ -185,7 +199,12 @@ def decode_images(
                     )
             target = headers[0].size
     images = np.empty((len(paths), channels, *target), dtype=np.uint8)
-    pixels = ordered_map(lambda path: read_pixels(path, channels, target), paths, threads, ahead)
+
+    def decode(path: Path) -> Pixels:
+        return read_pixels(path, channels, target)
+
+    timed = decode if times is None else times.calls(DECODE, decode)
+    pixels = ordered_map(timed, paths, threads, ahead)
     for image, decoded in zip(images, pixels, strict=True):
         image[...] = decoded if channels == 1 else decoded.transpose(2, 0, 1)
     return torch.from_numpy(images)

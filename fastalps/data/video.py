@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastalps.data.decode import Pixels, SourceError
 from fastalps.errors import UserError
+from fastalps.stage_times import DECODE, StageTimes
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm")
 # Decoded frames that wait for the caller, and frames of one chunk: 30 frames of 1080 x 1920.
@@ -88,6 +89,8 @@ class VideoReader:
         limit: frames to give at most; None = all.
         timeout: seconds to wait for a connection and for each piece of data.
         reconnects: attempts in a row to connect to a live source again.
+        times: gets what the thread worked, with its waits for data but not for the caller; None =
+            nothing is timed.
 
     Attributes:
         source: as it may be shown, without a password.
@@ -115,6 +118,7 @@ class VideoReader:
         limit: int | None = None,
         timeout: float = 10.0,
         reconnects: int = 5,
+        times: StageTimes | None = None,
     ) -> None:
         for name, value in (("chunk", chunk), ("limit", limit)):
             if value is not None and (isinstance(value, bool) or value < 1):
@@ -131,6 +135,7 @@ class VideoReader:
         self.reconnects = reconnects
         self.frames = self.dropped = self.damaged = self.reconnected = 0
         self._limit = limit
+        self._times = times
         self._stop = threading.Event()
         self._container = self._open()
         try:
@@ -227,8 +232,11 @@ class VideoReader:
         while not self._stop.is_set():
             reason = "the stream ended"
             begun = time.monotonic()
+            items = self._decode(begun)
+            if self._times is not None:
+                items = self._times.items(DECODE, items)
             try:
-                for item in self._decode(begun):
+                for item in items:
                     attempts = 0
                     if not self._put(item):
                         return
