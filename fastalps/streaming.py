@@ -70,7 +70,10 @@ class Staging:
             pixels: of any shape and strides, on any device; they may change when this has returned.
         """
         self._buffers.rotate()
-        buffer = self._buffers[0]
+        buffer, before = self._buffers
+        computing = cuda.current_stream(self.device)
+        # Where the caller has changed streams: a network's own buffers are still in use.
+        computing.wait_event(before.read)
         if pixels.device.type != "cpu":
             return pixels.to(self.device, non_blocking=True)
         self.wait(buffer.copied)
@@ -83,7 +86,6 @@ class Staging:
         host = buffer.host[:size].view(pixels.dtype).view(pixels.shape)
         there = buffer.there[:size].view(pixels.dtype).view(pixels.shape)
         host.copy_(pixels)
-        computing = cuda.current_stream(self.device)
         with cuda.stream(self._copies):
             # What was computed with the buffer's pixels before.
             self._copies.wait_event(buffer.read)
@@ -106,6 +108,7 @@ class Staging:
                 # From ordinary memory the host would wait for all that the device has to do.
                 there = _pinned(tensor.shape, tensor.dtype).copy_(tensor)
             self._constant = (tensor, there.to(self.device, non_blocking=True))
+        _keep_for(self._constant[1], cuda.current_stream(self.device))
         return self._constant[1]
 
     def wait(self, event: cuda.Event) -> None:
