@@ -8,15 +8,16 @@ BIN = $(VENV)/bin
 # Of `make wheel-check`.
 PYTHONS ?= python3.10 python3.13
 # Tests of what the library computes, but for those that train.
-SANITIZED = random_networks or perturbations or inputs or frames or threads or refused
+SANITIZED = random_networks or widths or perturbations or inputs or frames or threads or refused
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help setup demo test sanitize wheel wheel-check bench bench-ops gpu-check lint types docs clean
+.PHONY: help setup demo test sanitize emulate wheel wheel-check bench bench-ops gpu-check lint types docs clean
 
 help:
 	@echo "make demo       train and score on real digits, with a plot (about a minute)"
 	@echo "make test       set everything up and run all tests"
 	@echo "make sanitize   the engine's tests under the address and undefined-behaviour sanitizers"
+	@echo "make emulate    the CPU kernels' tests with AVX-512 and AMX instructions emulated"
 	@echo "make wheel      sdist and, built from it, wheel, in dist/; wheel-check tries them"
 	@echo "make bench      the quick benchmark; python bench/run.py --help for the full one"
 	@echo "make bench-ops  the ops under pytest-benchmark"
@@ -49,15 +50,26 @@ demo: $(VENV)/.installed
 test: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# The C++ library with checks of every access and of undefined behaviour, under the engine's tests.
+# The C++ library with checks of every access and of undefined behaviour, under the engine's tests;
+# its code for AVX-512 is not checked: few machines would run it.
 sanitize: setup
 	FASTALPS_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build_ext \
 	  --build-lib build/sanitized
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) \
 	  $$($${CXX:-c++} -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  FASTALPS_TEST_LIBRARY=build/sanitized/fastalps/lib OMP_NUM_THREADS=2 \
+	  FASTALPS_TEST_LIBRARY=build/sanitized/fastalps/lib FASTALPS_CPU=avx2 OMP_NUM_THREADS=2 \
 	  $(BIN)/python -m pytest -q -s -p no:cacheprovider tests/test_engine.py \
 	  tests/test_quantization.py -k "$(SANITIZED)"
+
+# The CPU kernels' code for AVX-512 and AMX on any x86 processor, those instructions emulated; in the
+# end without AMX.
+emulate: setup
+	FASTALPS_EMULATE=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/emulated
+	FASTALPS_TEST_LIBRARY=build/emulated/fastalps/lib OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q \
+	  -p no:cacheprovider tests/test_kernels.py tests/test_engine.py tests/test_quantization.py \
+	  -k "$(SANITIZED) or presets or native"
+	FASTALPS_TEST_LIBRARY=build/emulated/fastalps/lib FASTALPS_CPU=avx512 $(BIN)/python -m pytest \
+	  -q -p no:cacheprovider tests/test_quantization.py -k "$(SANITIZED)"
 
 # The wheel is built from the sdist: what the sdist lacks, fails here.
 wheel: setup

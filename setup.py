@@ -8,6 +8,8 @@ Environment:
     CXX, CUDA_HOME        the C++ compiler; the CUDA toolkit.
     FASTALPS_SANITIZE     sanitizers to build the C++ library with, such as "address,undefined"; for
                           `make sanitize`, which keeps that library apart.
+    FASTALPS_EMULATE      1: a C++ library for tests, whose AVX-512 and AMX instructions are
+                          functions (tests/emulation/avx512.h); for `make emulate`.
 
 A library that could not be built leaves a text file beside its place that says why, and a working
 package: `python -m fastalps` shows it.
@@ -30,7 +32,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 SANITIZE = os.environ.get("FASTALPS_SANITIZE", "")
-BUILD = ROOT / "build" / (f"native-{SANITIZE.replace(',', '-')}" if SANITIZE else "native")
+EMULATE = os.environ.get("FASTALPS_EMULATE") == "1"
+KIND = "-".join([*SANITIZE.split(","), *["emulated"] * EMULATE]).strip("-")
+BUILD = ROOT / "build" / (f"native-{KIND}" if KIND else "native")
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -38,13 +42,18 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 AVX512 += ["-mprefer-vector-width=512"]
-INSTRUCTION_SETS = {
-    "kernels_default": [],
-    "kernels_avx2": ["-mavx2", "-mfma"],
+INSTRUCTION_SETS = {"kernels_default": [], "kernels_avx2": ["-mavx2", "-mfma"]}
+WIDE = {
     "kernels_avx512": AVX512,
     "engine_avx512_bf16": [*AVX512, "-mavx512bf16"],
     "engine_avx512_vnni": [*AVX512, "-mavx512vnni"],
 }
+AMX = {
+    "engine_amx_bf16": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "engine_amx_int8": [*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"],
+}
+# For processors with AVX2, in the place of the wide instructions.
+EMULATED = ["-mavx2", "-mfma", "-include", str(ROOT / "tests/emulation/avx512.h")]
 
 
 class BuildFailure(Exception):
@@ -194,23 +203,44 @@ def shared_flags(libraries: Path, device: str = "cpu") -> list[str]:
     return [*flags, "-Wl,--as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
 
 
+def has_amx(compiler: str) -> bool:
+    """Whether to build for AMX: Linux grants it (arch_prctl), and gcc 11 and clang 12 know it."""
+    if not X86 or sys.platform != "linux":
+        return False
+    command = [compiler, *AMX["engine_amx_int8"], "-mamx-bf16", "-x", "c++", "-E", "-"]
+    tried = subprocess.run(command, input="", capture_output=True, text=True, check=False)
+    return tried.returncode == 0
+
+
 def build_cpu() -> Path:
     compiler, (headers, libraries) = cxx(), torch_folders()
     common = [compiler, "-std=c++20", "-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     common += [] if sys.platform == "win32" else ["-fPIC"]
     common += ["-DFASTALPS_X86"] if X86 else []
-    sanitize = [f"-fsanitize={SANITIZE}"] if SANITIZE else []
+    common += ["-DFASTALPS_EMULATED"] if EMULATE else []
+    wide = WIDE if X86 else {}
+    if has_amx(compiler):
+        wide = wide | AMX
+        common.append("-DFASTALPS_WITH_AMX")
+    sanitize = []
     if SANITIZE:
         # torch is not built with run-time type information for its classes' checks (vptr).
-        common += [*sanitize, "-fno-sanitize-recover=all", "-fno-sanitize=vptr", "-g", "-O1"]
+        sanitize = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"]
+        sanitize += ["-g", "-O1"]
     plan = Plan("fastalps_cpu")
+    torch_flags = [TARGET, f"-isystem{headers}", "-Icsrc"]
     for name in ("bindings", "bindings_engine"):
-        plan.compile(ROOT / f"csrc/{name}.cpp", [*common, TARGET, f"-isystem{headers}", "-Icsrc"])
+        plan.compile(ROOT / f"csrc/{name}.cpp", [*common, *sanitize, *torch_flags])
     for name in ("dispatch", "engine_plan"):
-        plan.compile(ROOT / f"csrc/cpu/{name}.cpp", common)
+        plan.compile(ROOT / f"csrc/cpu/{name}.cpp", [*common, *sanitize])
     for name, flags in INSTRUCTION_SETS.items():
         if X86 or not flags:
-            plan.compile(ROOT / f"csrc/cpu/{name}.cpp", [*common, *flags])
+            plan.compile(ROOT / f"csrc/cpu/{name}.cpp", [*common, *sanitize, *flags])
+    # Sanitizers would take minutes for code that most machines cannot run.
+    quick = ["-O1"] if SANITIZE else []
+    for name, flags in wide.items():
+        chosen = EMULATED if EMULATE else flags
+        plan.compile(ROOT / f"csrc/cpu/{name}.cpp", [*common, *quick, *chosen])
     return plan.run([compiler, *sanitize, *shared_flags(libraries)])
 
 

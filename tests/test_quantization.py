@@ -189,6 +189,19 @@ def test_presets(precision: str, preset: str) -> None:
 
 @needs_library
 @pytest.mark.parametrize("precision", NARROW)
+@pytest.mark.parametrize("count", [5, 20, 48, 60])
+def test_widths_with_many_divisors_and_few(count: int, precision: str) -> None:
+    """Tile registers take a divisor of each width, or leave a layer to the vectors."""
+    widths = {"encoder": (24, 40, 68), "decoder": (160, 96, 44, 34, 20, 12)}
+    model = randomise(ALPS((17, 13), preset="fast", latent=40, **widths), 3)
+    images = pixels_of((count, 1, 17, 13), 4)
+    ranges = activation_ranges(model, images)
+    found = Engine(model, precision=precision, ranges=ranges).errors(images, "both")
+    check(found, rounded(model, precision, ranges, images))
+
+
+@needs_library
+@pytest.mark.parametrize("precision", NARROW)
 def test_values_beyond_the_ranges_saturate(precision: str) -> None:
     model = randomise(ALPS((9, 14), 2, preset="fast"), 1)
     dark = pixels_of((20, 2, 9, 14), 2) // 8

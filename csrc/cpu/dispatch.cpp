@@ -5,6 +5,19 @@
 
 #include "kernels.h"
 
+#if defined(FASTALPS_WITH_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+// A build for tests, whose wide instructions are functions (tests/emulation/avx512.h), runs
+// anywhere.
+#if defined(FASTALPS_EMULATED)
+#define FASTALPS_SUPPORTS(feature) true
+#else
+#define FASTALPS_SUPPORTS(feature) __builtin_cpu_supports(feature)
+#endif
+
 namespace fastalps {
 
 extern const Kernels kernels_default;
@@ -14,20 +27,28 @@ extern const Kernels kernels_avx512;
 void engine_int8_vnni(const EngineArguments&, int64_t, int64_t, int, float*);
 void engine_bf16_dot(const EngineArguments&, int64_t, int64_t, int, float*);
 #endif
+#if defined(FASTALPS_WITH_AMX)
+void engine_int8_amx(const EngineArguments&, int64_t, int64_t, int, float*);
+void engine_bf16_amx(const EngineArguments&, int64_t, int64_t, int, float*);
+#endif
 
 namespace {
 
+const char* wish() {
+  const char* name = std::getenv("FASTALPS_CPU");
+  return name == nullptr ? "" : name;
+}
+
+bool anything_goes() { return *wish() == '\0'; }
+
 const Kernels& choose() {
 #if defined(FASTALPS_X86)
-  const char* wish = std::getenv("FASTALPS_CPU");
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
-  const bool any = wish == nullptr || *wish == '\0';
-  if (avx512 && (any || std::strcmp(wish, "avx512") == 0)) return kernels_avx512;
-  if (avx2 && (any || std::strcmp(wish, "default") != 0)) return kernels_avx2;
+  const bool avx512 = avx2 && FASTALPS_SUPPORTS("avx512f") && FASTALPS_SUPPORTS("avx512bw") &&
+                      FASTALPS_SUPPORTS("avx512dq") && FASTALPS_SUPPORTS("avx512vl");
+  if (avx512 && (anything_goes() || std::strcmp(wish(), "avx512") == 0)) return kernels_avx512;
+  if (avx2 && (anything_goes() || std::strcmp(wish(), "default") != 0)) return kernels_avx2;
 #endif
   return kernels_default;
 }
@@ -35,10 +56,35 @@ const Kernels& choose() {
 bool has_dot(Precision precision) {
 #if defined(FASTALPS_X86)
   if (&kernels() != &kernels_avx512) return false;
-  if (precision == Precision::kInt8) return __builtin_cpu_supports("avx512vnni");
-  if (precision == Precision::kBf16) return __builtin_cpu_supports("avx512bf16");
+  if (precision == Precision::kInt8) return FASTALPS_SUPPORTS("avx512vnni");
+  if (precision == Precision::kBf16) return FASTALPS_SUPPORTS("avx512bf16");
 #endif
   return false;
+}
+
+#if defined(FASTALPS_WITH_AMX)
+// Linux gives a process the tile registers when it asks for them.
+bool tiles_permitted() {
+#if defined(FASTALPS_EMULATED)
+  return true;
+#else
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return permitted;
+#endif
+}
+#endif
+
+bool has_tiles(Precision precision) {
+#if defined(FASTALPS_WITH_AMX)
+  if (!has_dot(precision) || !anything_goes() || !FASTALPS_SUPPORTS("amx-tile")) return false;
+  const bool products =
+      precision == Precision::kInt8 ? FASTALPS_SUPPORTS("amx-int8") : FASTALPS_SUPPORTS("amx-bf16");
+  return products && tiles_permitted();
+#else
+  (void)precision;
+  return false;
+#endif
 }
 
 }  // namespace
@@ -49,6 +95,11 @@ const Kernels& kernels() {
 }
 
 EngineBlock engine_block(Precision precision) {
+#if defined(FASTALPS_WITH_AMX)
+  if (has_tiles(precision)) {
+    return precision == Precision::kInt8 ? engine_int8_amx : engine_bf16_amx;
+  }
+#endif
 #if defined(FASTALPS_X86)
   if (has_dot(precision)) {
     return precision == Precision::kInt8 ? engine_int8_vnni : engine_bf16_dot;
@@ -63,6 +114,8 @@ const char* kernels_description() {
     std::string words = kernels().name;
     if (has_dot(Precision::kBf16)) words += " avx512_bf16";
     if (has_dot(Precision::kInt8)) words += " avx512_vnni";
+    if (has_tiles(Precision::kBf16)) words += " amx_bf16";
+    if (has_tiles(Precision::kInt8)) words += " amx_int8";
     return words;
   }();
   return text.c_str();

@@ -103,8 +103,7 @@ struct NarrowLayer {
   const float* pool_zeros;  // (sum_count)
   const float* scale;       // (out_channels): of a sum of products of words
   const float* bias;        // (bias classes, out_channels)
-  // (filter, tile of kTile out_channels, group of in_channels, channel of the tile)
-  const uint32_t* words;
+  const uint32_t* words;    // (filter, out_channels, group of in_channels)
 };
 
 // Vectors in a value at most. With kTile they fill the 16 registers of AVX2: 12 sums.

@@ -4,7 +4,7 @@
 // need more bits. Sums are int32 (exact) or float32.
 //
 // Without instructions for it (AVX512-VNNI, AVX512-BF16) the same sums come from those that there
-// are, slower.
+// are, slower; with tile registers (AMX), the layers with many channels are products of matrices.
 
 // Round to nearest, ties to even, of numbers from 0 to 2**22: the bits below the exponent.
 inline VecUInt rounded(Vec x) { return bits_of<VecUInt>(x + 12582912.0f) & 0x3fffffu; }
@@ -37,6 +37,12 @@ struct Int8 {
     return bits_of<Sum>(
         _mm512_dpbusd_epi32(bits_of<__m512i>(sum), bits_of<__m512i>(x), bits_of<__m512i>(w)));
   }
+#if defined(FASTALPS_AMX)
+  // Signed bytes (weights) by unsigned ones; registers are part of an instruction.
+  static void multiply_tile_0() { _tile_dpbsud(0, 3, 4); }
+  static void multiply_tile_1() { _tile_dpbsud(1, 3, 5); }
+  static void multiply_tile_2() { _tile_dpbsud(2, 3, 6); }
+#endif
 #elif defined(__SSE2__)
   // Bytes of even and of odd place, as 16 bits each.
   typedef int16_t Short __attribute__((vector_size(4 * kLanes)));
@@ -123,6 +129,11 @@ struct BFloat {
     return bits_of<Sum>(
         _mm512_dpbf16_ps(bits_of<__m512>(sum), bits_of<__m512bh>(x), bits_of<__m512bh>(w)));
   }
+#if defined(FASTALPS_AMX)
+  static void multiply_tile_0() { _tile_dpbf16ps(0, 3, 4); }
+  static void multiply_tile_1() { _tile_dpbf16ps(1, 3, 5); }
+  static void multiply_tile_2() { _tile_dpbf16ps(2, 3, 6); }
+#endif
 #else
   struct Values {
     Vec even, odd;
@@ -227,12 +238,11 @@ __attribute__((always_inline)) inline void multiply_narrow(const NarrowLayer& la
       for (int v = 0; v < V; ++v) value[v] = P::values(load_words(x + v * kLanes));
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
-        const typename P::Weights weight = P::weights(w[r]);
+        const typename P::Weights weight = P::weights(w[r * groups + g]);
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) sums[r][v] = P::add(sums[r][v], value[v], weight);
       }
       x += V * kLanes;
-      w += Rows;
     }
   }
   finish_narrow<P, V, Rows>(layer, sums, pixel.bias_class, first, to);
@@ -265,6 +275,10 @@ inline void multiply_narrow_pixels(const NarrowLayer& layer, const NarrowPixel* 
   }
 }
 
+#if defined(FASTALPS_AMX)
+#include "engine_tiles.inl"
+#endif
+
 template <typename P, int V>
 void run_narrow_layer(const NarrowLayer& layer, const uint32_t* in, void* out, uint32_t* pooled) {
   constexpr int64_t kValue = V * kLanes;
@@ -283,6 +297,9 @@ void run_narrow_layer(const NarrowLayer& layer, const uint32_t* in, void* out, u
   }
   const int64_t words = groups_of(layer.out_channels, P::kGroup);
   const int64_t out_size = (layer.plain ? layer.out_channels : words) * kValue;
+#if defined(FASTALPS_AMX)
+  if (run_tiled_layer<P, V>(layer, in, out, groups, out_size)) return;
+#endif
   for (int64_t p = 0; p < layer.pixel_count; ++p) {
     const NarrowPixel& pixel = layer.pixels[p];
     uint32_t* to = static_cast<uint32_t*>(out) + p * out_size;

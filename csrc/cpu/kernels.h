@@ -171,13 +171,14 @@ struct Kernels {
   EngineBlock engine_fp32, engine_bf16, engine_int8;
 };
 
-// The fastest set that this processor runs; FASTALPS_CPU=default|avx2|avx512 asks for a lesser one.
+// The fastest set that this processor runs; FASTALPS_CPU=default|avx2|avx512 asks for a lesser one
+// (avx512: without AMX).
 const Kernels& kernels();
 
 // The engine in a precision: with its own instructions where the chosen set has 512 bits and the
 // processor knows them, else with that set's.
 EngineBlock engine_block(Precision precision);
-// "default avx512_bf16 avx512_vnni": the set, and the instructions that the engine has besides.
+// "avx512 avx512_bf16 avx512_vnni": the set, and the instructions that the engine has besides.
 const char* kernels_description();
 
 }  // namespace fastalps

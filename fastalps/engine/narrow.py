@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastalps.engine import axes
 from fastalps.engine.axes import Axis
-from fastalps.engine.packing import TILE, Packed, Packer, fill
+from fastalps.engine.packing import Packed, Packer, fill
 from fastalps.inference import fold_batch_norm
 from fastalps.inputs import unit_pixels
 from fastalps.models import ALPS, Encoder
@@ -254,10 +254,7 @@ def _results(axis: Axis) -> Iterator[list[tuple[list[int], int]]]:
 
 
 def _words(filters: Tensor, precision: str) -> Tensor:
-    """(F, out, in) -> flat int32, as (F, tile of out, group of in, out within the tile)."""
-    group = GROUPS[precision]
-    padded = nn.functional.pad(filters, (0, -filters.shape[2] % group))
+    """(F, out, in) -> flat int32, as (F, out, group of in)."""
+    padded = nn.functional.pad(filters, (0, -filters.shape[2] % GROUPS[precision]))
     dtype = torch.int8 if precision == "int8" else torch.bfloat16
-    grouped = padded.to(dtype).unflatten(2, (-1, group))
-    tiles = [tile.transpose(1, 2).flatten(1, 2) for tile in grouped.split(TILE, dim=1)]
-    return torch.cat(tiles, 1).contiguous().view(torch.int32).flatten()
+    return padded.to(dtype).contiguous().view(torch.int32).flatten()
