@@ -24,8 +24,8 @@ from fastalps.streaming import COMPUTE, COPY, DEVICE_WAIT
 START, READ, MOTION, SCORE, WRITE, FINISH = "start", "read", "motion", "score", "write", "finish"
 
 TIMED = (
-    "wall clock: how long the thread that scores and writes was in a stage or waited for it; adds "
-    "up. worked: what the stage did, decoding on all its threads, also while others ran; does not"
+    "wall clock: how long the thread that scores and writes was in a stage or waited for it (adds "
+    "up); worked: what the stage did, decoding on all its threads, also beside others (does not)"
 )
 
 
