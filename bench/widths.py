@@ -43,6 +43,7 @@ WIDTHS: dict[str, dict[str, tuple[int, ...]]] = {
     "fast": FAST,
     "three quarters": {"encoder": (24, 48, 96), "decoder": (192, 96, 48, 24, 12, 12)},
     "narrow late": {"encoder": (16, 32, 64), "decoder": (160, 80, 40, 16, 4, 4)},
+    "narrow late, 16": {"encoder": (16, 32, 64), "decoder": (160, 64, 48, 16, 4, 4)},
     "narrower late": {"encoder": (16, 32, 64), "decoder": (176, 88, 36, 8, 4, 4)},
     "paper, narrow late": {**PAPER, "decoder": (256, 128, 64, 16, 4, 4)},
     "wide distorter": {**FAST, "distorter": PAPER["encoder"]},

@@ -87,6 +87,9 @@ def test_table_means_and_spread(tmp_path) -> None:
     lines = tables.table("mnist", "paper", ["none"], [0, 1], [0, 1], tmp_path)
     assert lines[2] == "| paper's ALPS | 99.68 | 99.92 | 99.80 |  |  |"
     assert lines[3] == "| plain autoencoder | 85.00 | 65.00 | 75.00 | 7.07 | 2 |"
+    lines = tables.table("mnist", "paper", ["none"], range(10), [0, 1], tmp_path)
+    assert lines[3] == "| paper's plain autoencoder " + "|  " * 10 + "| 95.42 |  |  |"
+    assert lines[4].startswith("| plain autoencoder | 85.00 | 65.00 | - |")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import Tensor
 import fastalps
 from bench.quality import baselines, pictures
 from bench.quality.kinds import all_kinds, best_kind, measured
-from bench.quality.recipes import BASELINES, PERTURBATION, QUICK, RECIPES
+from bench.quality.recipes import BASELINES, QUICK, RECIPES, VARIANTS
 from fastalps import metrics
 from fastalps.cli import figures
 from fastalps.cli.run_folder import write_metrics, write_scores
@@ -132,8 +132,7 @@ def _train(
     model = fastalps.ALPS(
         tuple(data.train.shape[2:]),
         data.train.shape[1],
-        perturbation=PERTURBATION[cell.method],
-        **recipe.model,
+        **{**recipe.model, **VARIANTS[cell.method]},
     )
     resume = (folder / CHECKPOINT).is_file()
     fitted = fastalps.Trainer(config, folder, progress=False).fit(model, data, resume)
