@@ -36,8 +36,8 @@ void check_buffer(const Tensor& tensor, ScalarType type, int64_t least, int32_t 
 // patch each) and `places` (int64: offsets of the tiles of flags, then pairs of frame and patch).
 void fused_errors(Tensor frames, MaybeTensor background, double threshold, Sizes stride, bool cover,
                   int64_t shape, Tensor weights, Tensor biases, int64_t bound, double slope,
-                  double strength, bool normal, bool perturbed, int64_t chunk, Tensor scratch,
-                  MaybeTensor flags, MaybeTensor places, Tensor errors) {
+                  double strength, int64_t smoothing, bool normal, bool perturbed, int64_t chunk,
+                  Tensor scratch, MaybeTensor flags, MaybeTensor places, Tensor errors) {
   cuda::FusedSizes sizes{};
   STD_TORCH_CHECK(cuda::fused_sizes(shape, &sizes), "fused_errors: there is no shape ", shape);
   STD_TORCH_CHECK(
@@ -46,6 +46,8 @@ void fused_errors(Tensor frames, MaybeTensor background, double threshold, Sizes
       "fused_errors: expected uint8 or float32 frames (N, H, W) on a CUDA device");
   STD_TORCH_CHECK(normal || perturbed, "fused_errors: expected a pass to run");
   STD_TORCH_CHECK(bound >= 0 && bound <= 2, "fused_errors: there is no bound ", bound);
+  STD_TORCH_CHECK(smoothing >= 1 && smoothing <= 31 && smoothing % 2 == 1,
+                  "fused_errors: expected an odd smoothing from 1 to 31");
   const Sizes patch = {sizes.side, sizes.side};
   check_grid(frames.size(1), frames.size(2), patch, stride);
   const auto grid = cuda::make_patch_grid(frames.size(1), frames.size(2), sizes.side, sizes.side,
@@ -87,6 +89,7 @@ void fused_errors(Tensor frames, MaybeTensor background, double threshold, Sizes
                           static_cast<int32_t>(bound),
                           static_cast<float>(slope),
                           static_cast<float>(strength),
+                          static_cast<int32_t>(smoothing),
                           normal,
                           perturbed,
                           chunk,

@@ -28,7 +28,7 @@ _library = torch.library.Library("fastalps", "FRAGMENT")
 _library.define(
     "fused_errors(Tensor frames, Tensor? background, float threshold, int[2] stride, bool cover, "
     "int shape, Tensor weights, Tensor biases, int bound, float slope, float strength, "
-    "bool normal, bool perturbed, int chunk, Tensor(a!) scratch, Tensor(b!)? flags, "
+    "int smoothing, bool normal, bool perturbed, int chunk, Tensor(a!) scratch, Tensor(b!)? flags, "
     "Tensor(c!)? places, Tensor(d!) errors) -> ()"
 )
 torch.library.register_fake("fastalps::fused_errors", lambda *arguments: None, lib=_library)
@@ -63,8 +63,6 @@ def _not_covered(config: ModelConfig) -> str:
     """What of a model the kernels do not have; empty if they have all."""
     if config.perturbation == "noise":
         return "the fused kernels draw no noise for a perturbation"
-    if config.smoothing != 1:
-        return "the fused kernels do not smooth residuals"
     if shape_number(config) is None:
         known = ", ".join(f"{preset} at {side} x {side}" for preset, side in SHAPES)
         return (
@@ -159,8 +157,8 @@ class FusedEngine:
         torch.ops.fastalps.fused_errors(
             frames, background, float(threshold), stride, edge != "drop",
             self.shape, self.weights, self.biases, BOUNDS.index(config.bound),
-            config.negative_slope, config.strength, normal, perturbed, chunk,
-            scratch, flags, places, errors,
+            config.negative_slope, config.strength, config.smoothing, normal, perturbed,
+            chunk, scratch, flags, places, errors,
         )  # fmt: skip
         if single and passes == "both":
             errors = errors.repeat(2, 1, 1)

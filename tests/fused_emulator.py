@@ -39,7 +39,7 @@ class Problem(ctypes.Structure):
         + [("index", ctypes.c_void_p), ("count", ctypes.c_void_p)]
         + [(name, ctypes.c_int64) for name in ("begin", "size", "networks", "passes")]
         + [(name, ctypes.c_int64) for name in ("first_perturbed", "bound")]
-        + [("slope", ctypes.c_double), ("strength", ctypes.c_double)]
+        + [("slope", ctypes.c_double), ("strength", ctypes.c_double), ("smoothing", ctypes.c_int64)]
         + [(name, ctypes.c_void_p) for name in ("weights", "biases", "maps", "latents", "errors")]
         + [(name, ctypes.c_int64) for name in ("kernel", "blocks", "descending")]
     )
@@ -139,6 +139,7 @@ class Emulation:
             bound=BOUNDS[config.bound],
             slope=config.negative_slope,
             strength=config.strength,
+            smoothing=config.smoothing,
             weights=packed.weights.data_ptr(),
             biases=packed.biases.data_ptr(),
             maps=self.maps.data_ptr(),

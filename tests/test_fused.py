@@ -36,7 +36,6 @@ BF16 = SCORE_ERROR[torch.bfloat16]
         ({"latent": 64}, "bf16", "latent 64"),
         ({"distorter": (16, 32, 64)}, "bf16", "compiled for one channel and the widths of"),
         ({"perturbation": "noise"}, "bf16", "draw no noise"),
-        ({"smoothing": 3}, "bf16", "do not smooth residuals"),
     ],
 )
 def test_reasons(options, precision, reason):
@@ -57,7 +56,6 @@ def test_covered_without_a_library():
     [
         ({"image_size": 32}, "images of 32 x 32"),
         ({"perturbation": "noise"}, "draw no noise"),
-        ({"smoothing": 3}, "do not smooth"),
     ],
 )
 def test_refuses_what_it_would_score_wrongly(options, reason):
@@ -141,6 +139,16 @@ def test_passes_and_bounds(bound, passes, rng):
     found = engine_for(model).errors(images.cuda(), passes)
     rows = {"normal": [0], "perturbed": [1], "both": [0, 1]}[passes]
     assert relative(found, exact(model, images.double())[rows]) <= BF16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("smoothing", [3, 7, 31])
+def test_smoothing(smoothing, rng):
+    model = make_model(SHAPES.index(("fast", 28)), rng, smoothing=smoothing)
+    images = torch.rand(37, 1, 28, 28, generator=rng)
+    found = engine_for(model).errors(images.cuda(), "both")
+    expected = Reference(model).errors(images.double())
+    torch.testing.assert_close(found.double().cpu(), expected, rtol=4e-3, atol=1e-6)
 
 
 @pytest.mark.gpu
@@ -283,6 +291,6 @@ def test_refuses_wrong_buffers(rng):
     with pytest.raises(RuntimeError, match="larger than the frame"):
         torch.ops.fastalps.fused_errors(
             frames[:, :20], None, 0.0, STRIDE, True, engine.shape, engine.weights, engine.biases,
-            0, 0.2, 1.0, True, True, 1, engine._empty(1 << 16, torch.uint8), None, None,
+            0, 0.2, 1.0, 1, True, True, 1, engine._empty(1 << 16, torch.uint8), None, None,
             torch.empty(2, 2, device="cuda"),
         )  # fmt: skip

@@ -24,6 +24,7 @@ from fastalps.models import BOUNDS, model_config
 from fastalps.testing import SCORE_ERROR
 from tests import fused_emulator
 from tests.fused_emulator import Emulation
+from tests.test_engine import mean_square, neighbourhood_means
 
 NAMES = [f"{preset}-{size}" for preset, size in SHAPES]
 SMALL = SHAPES.index(("fast", 28))
@@ -174,8 +175,16 @@ class Reference:
     def errors(self, images: Tensor) -> Tensor:
         """-> (2, N): normal and perturbed."""
         latents, _ = self.latents(self.encode(images)[0])
-        both = self.decode(self.expand(latents.flatten(0, 1))[0]).unflatten(0, (-1, 2))
-        return (both - images[:, None]).square().mean((2, 3, 4)).T
+        both = self.decode(self.expand(latents.flatten(0, 1))[0])
+        return mean_squares(both, images, self.config.smoothing)
+
+
+def mean_squares(both: Tensor, images: Tensor, smoothing: int) -> Tensor:
+    """(2N, 1, H, W) and (N, 1, H, W) -> (2, N)."""
+    residuals = both - images.repeat_interleave(2, 0)
+    if smoothing > 1:
+        residuals = neighbourhood_means(residuals, smoothing)
+    return mean_square(residuals).view(-1, 2).T
 
 
 def channels_last(maps: Tensor) -> Tensor:
@@ -231,7 +240,6 @@ def test_each_kernel(library, shape, rng):
     frames = frames_of(shape, rng)
     reference, images = Reference(model), patches_of(frames, size, STRIDE)
     emulation = Emulation(library, model, pack_fused(model), frames, STRIDE, blocks=3)
-    count = len(images)
 
     maps, off = reference.encode(images)
     counts = emulation.run("encode")
@@ -258,8 +266,7 @@ def test_each_kernel(library, shape, rng):
     assert_same_bf16(found, channels_last(expanded), channels_last(off))
 
     found.copy_(channels_last(expanded))
-    both = reference.decode(expanded).unflatten(0, (count, 2))
-    expected = (both - images[:, None]).square().mean((2, 3, 4)).T
+    expected = mean_squares(reference.decode(expanded), images, 1)
     counts = emulation.run("decode")
     assert counts.load_cycles <= 4.1 * counts.loads
     torch.testing.assert_close(emulation.errors.double(), expected, rtol=2e-4, atol=1e-7)
@@ -286,6 +293,20 @@ def test_passes_and_bounds(library, bound, passes, rng):
     exact = model.double().score(images)
     error = (found.double() - torch.stack(exact[:2])[rows]).abs() / torch.stack(exact[:2])[rows]
     assert error.max() <= SCORE_ERROR[torch.bfloat16]
+
+
+@pytest.mark.parametrize("smoothing", [3, 7, 31])
+@pytest.mark.parametrize("shape", [SMALL, SHAPES.index(("paper", 30))], ids=["fast-28", "paper-30"])
+def test_smoothing(library, shape, smoothing, rng):
+    """Residuals averaged over neighbourhoods, which end at the border, before they are squared."""
+    model = make_model(shape, rng, smoothing=smoothing)
+    frames = frames_of(shape, rng)
+    images = patches_of(frames, SHAPES[shape][1], STRIDE)
+    run = Emulation(library, model, pack_fused(model), frames, STRIDE, blocks=2)
+    expected = Reference(model).errors(images)
+    torch.testing.assert_close(run.run_all().double(), expected, rtol=4e-3, atol=1e-6)
+    again = Emulation(library, model, run.packed, frames, STRIDE, descending=True)
+    assert torch.equal(again.run_all(), run.errors)
 
 
 def test_inputs(library, rng):
@@ -341,6 +362,11 @@ def test_notices_a_wrong_tap(library, layer, rng):
 
 
 MUTATIONS = {
+    # Means along rows are read before all of them are there.
+    "fused_decoder.cuh": (
+        "  barrier();\n  float sum = 0.0f;\n  for (int pixel",
+        "\n  float sum = 0.0f;\n  for (int pixel",
+    ),
     # A transposed convolution whose odd rows take the tap of the next input from this one.
     "fused_index.h": ("return tap == 0 ? 1 : 0;", "return tap == 2 ? 1 : 0;"),
     # The second layer of E starts before the first is complete.
@@ -363,7 +389,7 @@ def test_notices_a_broken_kernel(header, rng, tmp_path: Path):
     built = fused_emulator.build(tmp_path, tmp_path, SMALL)
     if isinstance(built, str):
         pytest.skip(built)
-    model = make_model(SMALL, rng)
+    model = make_model(SMALL, rng, smoothing=3)
     frames = frames_of(SMALL, rng)
     expected = Reference(model).errors(patches_of(frames, 28, STRIDE))
     found = [
@@ -379,12 +405,13 @@ def emulated_op(library: ctypes.CDLL):
 
     def fused_errors(
         frames, background, threshold, stride, cover, shape, weights, biases, bound, slope,
-        strength, normal, perturbed, chunk, scratch, flags, places, errors,
+        strength, smoothing, normal, perturbed, chunk, scratch, flags, places, errors,
     ) -> None:  # fmt: skip
         preset, size = SHAPES[shape]
         config = model_config(
-            size, 1, preset, bound=BOUNDS[bound], negative_slope=slope, strength=strength
-        )
+            size, 1, preset, bound=BOUNDS[bound], negative_slope=slope, strength=strength,
+            smoothing=smoothing,
+        )  # fmt: skip
         edge = "cover" if cover else "drop"
         index = None
         total = errors[0].numel()
@@ -424,10 +451,11 @@ def engine_of(library, monkeypatch):
 
 
 @pytest.mark.parametrize("passes", ["normal", "perturbed", "both"])
-@pytest.mark.parametrize("perturbation", ["adversarial", "none"])
-def test_engine(engine_of, perturbation, passes, rng):
+@pytest.mark.parametrize(("perturbation", "smoothing"), [("adversarial", 3), ("none", 1)])
+def test_engine(engine_of, perturbation, smoothing, passes, rng):
     """What Python hands to the kernels: weights, scratch, passes, frames, the gate's lists."""
-    model = make_model(SMALL, rng, perturbation=perturbation, bound="tanh", strength=0.5)
+    options = {"bound": "tanh", "strength": 0.5, "smoothing": smoothing}
+    model = make_model(SMALL, rng, perturbation=perturbation, **options)
     engine = engine_of(model)
     frames = frames_of(SMALL, rng, 3)
     images = patches_of(frames, 28, STRIDE)
@@ -450,7 +478,7 @@ def test_engine(engine_of, perturbation, passes, rng):
     assert 0 < kept.sum() < kept.numel()
     torch.testing.assert_close(found.flatten(1).double(), expected * kept.flatten(), **close)
 
-    other = make_model(SMALL, rng, perturbation=perturbation, bound="tanh", strength=0.5)
+    other = make_model(SMALL, rng, perturbation=perturbation, **options)
     before = found
     engine.update(other)
     found, _ = engine.frame_errors(frames, cut, passes)

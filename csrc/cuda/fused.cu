@@ -114,6 +114,7 @@ Work work_of(const FusedCall& call) {
   work.bound = static_cast<Bound>(call.bound);
   work.slope = call.slope;
   work.strength = call.strength;
+  work.reach = call.smoothing / 2;
   work.weights = static_cast<const uint2*>(call.weights);
   work.biases = call.biases;
   work.maps = static_cast<unsigned char*>(call.maps);

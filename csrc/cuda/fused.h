@@ -29,6 +29,7 @@ struct FusedCall {
   const float* biases;
   int32_t bound;  // On the perturbation: none, tanh, norm.
   float slope, strength;
+  int32_t smoothing;  // Side of the neighbourhood that a residual is averaged over, odd; 1: none.
   bool normal, perturbed;  // Which passes; one or both.
   int64_t chunk;           // Patches whose maps are in scratch at once.
   void* maps;              // chunk * map_bytes, aligned to 16 bytes.

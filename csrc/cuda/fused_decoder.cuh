@@ -226,10 +226,10 @@ FASTALPS_DEVICE void tap_products(const Lane& lane, const unsigned char* map,
   }
 }
 
-// The squared error of one pixel: its logit is the sum of its neighbours' products.
+// What a pixel's reconstruction is off: its logit is the sum of its neighbours' products.
 template <class S>
-FASTALPS_DEVICE float squared_error(const Work& work, const Patch& patch, const float* products,
-                                    float bias, int pixel) {
+FASTALPS_DEVICE float residual(const Work& work, const Patch& patch, const float* products,
+                               float bias, int pixel) {
   const int row = pixel / S::kSize, column = pixel - row * S::kSize;
   float logit = bias;
 #pragma unroll
@@ -239,8 +239,40 @@ FASTALPS_DEVICE float squared_error(const Work& work, const Patch& patch, const 
     logit += products[tap * S::kPlane + y * S::kSize + x];
   }
   const float reconstruction = 1.0f / (1.0f + exponential(-logit));
-  const float difference = reconstruction - unit_pixel(work.source, patch, row, column);
-  return difference * difference;
+  return reconstruction - unit_pixel(work.source, patch, row, column);
+}
+
+// The mean along an axis of the values up to `reach` from the `place`th, as far as there are any.
+template <class S>
+FASTALPS_DEVICE float neighbourhood(const float* value, int step, int place, int reach) {
+  const int first = place < reach ? -place : -reach;
+  const int last = place + reach < S::kSize ? reach : S::kSize - 1 - place;
+  float sum = 0.0f;
+  for (int i = first; i <= last; ++i) sum += value[i * step];
+  return sum / static_cast<float>(last - first + 1);
+}
+
+// This thread's share of the squared means of the residuals' neighbourhoods. `planes`: of shared
+// memory, two floats a pixel.
+template <class S>
+FASTALPS_DEVICE float smoothed_squares(const Work& work, const Patch& patch, const float* products,
+                                       float bias, float* planes) {
+  constexpr int kPixels = S::kSize * S::kSize;
+  float* const means = planes + kPixels;
+  for (int pixel = thread_index(); pixel < kPixels; pixel += kBlock) {
+    planes[pixel] = residual<S>(work, patch, products, bias, pixel);
+  }
+  barrier();
+  for (int pixel = thread_index(); pixel < kPixels; pixel += kBlock) {
+    means[pixel] = neighbourhood<S>(planes + pixel, 1, pixel % S::kSize, work.reach);
+  }
+  barrier();
+  float sum = 0.0f;
+  for (int pixel = thread_index(); pixel < kPixels; pixel += kBlock) {
+    const float mean = neighbourhood<S>(means + pixel, S::kSize, pixel / S::kSize, work.reach);
+    sum += mean * mean;
+  }
+  return sum;
 }
 
 // Kernel D: each block holds all weights and takes rows in turn; the reconstruction stays in
@@ -328,8 +360,13 @@ FASTALPS_DEVICE void decode(const Work& work, const uint2* weights, const float*
 
     const Patch patch = find_patch(work, row / work.passes);
     float sum = 0.0f;
-    for (int pixel = thread_index(); pixel < kPixels; pixel += kBlock) {
-      sum += squared_error<S>(work, patch, products, last_bias, pixel);
+    if (work.reach > 0) {
+      sum = smoothed_squares<S>(work, patch, products, last_bias, reinterpret_cast<float*>(odd));
+    } else {
+      for (int pixel = thread_index(); pixel < kPixels; pixel += kBlock) {
+        const float off = residual<S>(work, patch, products, last_bias, pixel);
+        sum += off * off;
+      }
     }
     // In a fixed order, so that a score has the same bits in every run.
 #pragma unroll

@@ -216,6 +216,8 @@ struct DecodeShape {
   static constexpr int kEvenBytes = kProductBytes;
   static_assert(kInputBytes <= kEvenBytes && kFourthBytes <= kEvenBytes);
   static constexpr int kOddBytes = kThirdBytes > kFifthBytes ? kThirdBytes : kFifthBytes;
+  // In the place of the last map: residuals, and their means along rows.
+  static_assert(2 * kSize * kSize * 4 <= kOddBytes);
   static constexpr int kOddAt = align_up(kEvenAt + kEvenBytes, kBankBytes);
   static constexpr int kZeroAt = align_up(kOddAt + kOddBytes, kBankBytes);
   static constexpr int kSumsAt = kZeroAt + kBankBytes;

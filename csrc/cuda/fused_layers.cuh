@@ -35,6 +35,7 @@ struct Work {
   bool first_perturbed;
   Bound bound;
   float slope, strength;
+  int32_t reach;  // Pixels to each side that a residual is averaged over; 0: none.
   const uint2* weights;
   const float* biases;
   unsigned char* maps;     // Scratch, see Shape.

@@ -16,6 +16,7 @@ struct Problem {
   const int64_t* count;
   int64_t begin, size, networks, passes, first_perturbed, bound;
   double slope, strength;
+  int64_t smoothing;
   const uint2* weights;
   const float* biases;
   unsigned char* maps;
@@ -97,6 +98,7 @@ extern "C" const char* fused_emulate(const Problem* problem) {
                      static_cast<Bound>(p.bound),
                      static_cast<float>(p.slope),
                      static_cast<float>(p.strength),
+                     static_cast<int32_t>(p.smoothing / 2),
                      p.weights,
                      p.biases,
                      p.maps,
