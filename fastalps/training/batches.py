@@ -44,13 +44,21 @@ class Batches:
 
         Of several processes (`fastalps.distributed`) each gets its share of every batch.
         """
+        mine = distributed.share(self.size)
+        for chosen in self.order(seed, epoch):
+            yield self.take(chosen[mine])
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """The numbers of the images in an epoch's batches, (batches, images a batch)."""
         # Drawn on the CPU: the same order on every device.
         generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
         order = torch.randperm(len(self.images), generator=generator).to(self.images.device)
-        mine = distributed.share(self.size)
-        for chosen in order[: len(self) * self.size].split(self.size):
-            batch = unit_pixels(self.images.index_select(0, chosen[mine]))
-            yield batch.contiguous(memory_format=self.memory_format)
+        return order[: len(self) * self.size].view(-1, self.size)
+
+    def take(self, chosen: Tensor) -> Tensor:
+        """The images of these numbers as a batch."""
+        batch = unit_pixels(self.images.index_select(0, chosen))
+        return batch.contiguous(memory_format=self.memory_format)
 
     def fingerprint(self) -> str:
         """Tells whether a resumed run trains on the same images: shape and checksum."""

@@ -56,31 +56,35 @@ class Steps:
     def __init__(self, model: ALPS, config: TrainConfig) -> None:
         self.model, self.config = model, config
         self.device = next(model.parameters()).device
-        cuda = self.device.type == "cuda"
-        adversary = model.distorter
-        autoencoder = [p for part in (model.encoder, model.decoder) for p in part.parameters()]
-        betas = (config.beta1, config.beta2)
-        # Fused: one kernel for all weights. Capturable: its step count lives on the device.
-        options: dict[str, Any] = {"betas": betas, "fused": True, "capturable": cuda}
-        players = {"autoencoder": autoencoder}
         self.rates = {"autoencoder": config.learning_rate}
-        if adversary is not None:
-            players["distorter"] = list(adversary.parameters())
+        if model.distorter is not None:
             self.rates["distorter"] = config.distorter_learning_rate or config.learning_rate
-        # A captured step reads the rate from the device, where the schedule can change it.
-        self.optimizers = {
-            name: torch.optim.Adam(
-                weights,
-                lr=torch.tensor(self.rates[name], device=self.device) if cuda else self.rates[name],
-                **options,
-            )
-            for name, weights in players.items()
-        }
+        self.optimizers = self._optimizers()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         compiled = torch.compile if config.compile else (lambda network: network)
         self.encode = compiled(model.encoder)
         self.decode = compiled(model.decoder)
         self.noise = torch.Generator(self.device)
+
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Each player's Adam."""
+        model, config = self.model, self.config
+        players = {"autoencoder": [*model.encoder.parameters(), *model.decoder.parameters()]}
+        if model.distorter is not None:
+            players["distorter"] = list(model.distorter.parameters())
+        cuda = self.device.type == "cuda"
+        # Fused: one kernel for all weights. Capturable: its step count lives on the device.
+        options: dict[str, Any] = {"fused": True, "capturable": cuda}
+        # A captured step reads the rate from the device, where the schedule can change it.
+        return {
+            name: torch.optim.Adam(
+                weights,
+                lr=torch.tensor(self.rates[name], device=self.device) if cuda else self.rates[name],
+                betas=(config.beta1, config.beta2),
+                **options,
+            )
+            for name, weights in players.items()
+        }
 
     def schedule(self, epoch: int) -> None:
         """Sets the learning rates of an epoch, counted from 1."""
@@ -104,8 +108,7 @@ class Steps:
     def autoencoder(self, images: Tensor) -> Tensor:
         """One step of encoder and decoder; returns the (2,) mean errors, detached."""
         model, config = self.model, self.config
-        optimizer = self.optimizers["autoencoder"]
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         with self.autocast():
             latent = self.encode(images)
             if model.config.perturbation == "none":
@@ -117,19 +120,19 @@ class Steps:
                 perturbed, _ = ops.perturb_latent(latent, perturbation, model.config.strength)
                 logits = self.decode(torch.cat([latent, perturbed]))
         if model.config.perturbation == "none":
-            errors = ops.sigmoid_mse(logits, images).mean().expand(2)
+            error = self._mean(ops.sigmoid_mse(logits, images))
+            errors = error.expand(2, *error.shape)
             loss = config.normal_weight * errors[0]
         else:
-            errors = ops.paired_sigmoid_mse(logits, images).mean(1)
+            errors = self._mean(ops.paired_sigmoid_mse(logits, images))
             loss = config.normal_weight * errors[0] + config.perturbed_weight * errors[1]
-        self._descend(loss, optimizer)
+        self._descend(loss, "autoencoder")
         return errors.detach()
 
     def distorter(self, images: Tensor) -> Tensor:
         """One step of the distorter; returns (2,): perturbed error and energy, detached."""
         model, config = self.model, self.config
-        optimizer = self.optimizers["distorter"]
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         with frozen(model.encoder), frozen(model.decoder):
             with self.autocast():
                 with torch.no_grad():
@@ -137,11 +140,17 @@ class Steps:
                 perturbation = model.distort(images).to(latent.dtype)
                 perturbed, energy = ops.perturb_latent(latent, perturbation, model.config.strength)
                 logits = model.decoder(perturbed)
-            error, energy = ops.sigmoid_mse(logits, images).mean(), energy.mean()
-            self._descend(config.energy_penalty * energy - error, optimizer)
+            error = self._mean(ops.sigmoid_mse(logits, images))
+            energy = self._mean(energy)
+            self._descend(config.energy_penalty * energy - error, "distorter")
         return torch.stack([error, energy]).detach()
 
-    def _descend(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    def _mean(self, values: Tensor) -> Tensor:
+        """The mean over the batch, (..., N) -> (...)."""
+        return values.mean(-1)
+
+    def _descend(self, loss: Tensor, player: str) -> None:
+        optimizer = self.optimizers[player]
         # A disabled scaler passes everything through. Fused optimisers unscale in their kernel, so
         # nothing is read back.
         self.scaler.scale(loss).backward()
@@ -202,8 +211,7 @@ class CapturedStep:
                 step(self.batch)
         torch.cuda.current_stream(batch.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        for optimizer in steps.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
+        steps.model.zero_grad(set_to_none=True)
         with torch.cuda.graph(self.graph):
             self.result = step(self.batch)
         _restore(steps, state)

@@ -3,80 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import logging
-import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastalps import distributed
 from fastalps.data import OneClassData
 from fastalps.environment import has_fast_bfloat16
-from fastalps.errors import UserError
-from fastalps.files import make_folder, write_text
+from fastalps.files import make_folder
 from fastalps.models import ALPS
-from fastalps.training.batches import Batches, epoch_seed
 from fastalps.training.config import TrainConfig
-from fastalps.training.run_state import Average, RunState, load_run, save_run
+from fastalps.training.run import CHECKPOINT, HISTORY, FitResult, Progress, Run
 from fastalps.training.steps import CapturedStep, Steps
 from fastalps.training.validation import Validator
 
 logger = logging.getLogger("fastalps")
 
-CHECKPOINT = "checkpoint.safetensors"
-HISTORY = "history.csv"
-# Between two lines of progress where there is no terminal.
-REPORT_SECONDS = 10.0
-COLUMNS = (
-    "epoch",
-    "normal_error",
-    "perturbed_error",
-    "distorter_error",
-    "energy",
-    "validation_normal",
-    "validation_perturbed",
-    "validation_average",
-    "validation_auroc_normal",
-    "validation_auroc_perturbed",
-    "validation_auroc_average",
-    "images_per_second",
-)
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """What `Trainer.fit` gives.
-
-    Attributes:
-        model: the model given, with the kept weights, in eval mode.
-        history: a row for each epoch: `epoch` from 1; mean squared errors of the training images
-            `normal_error`, `perturbed_error`; in epochs that train the distorter, its
-            `distorter_error` (which it raises) and the perturbation's `energy`; after a
-            validation, `validation_*`: the mean scores of the normal validation images, and each
-            score's AUROC where there are anomalous ones; `images_per_second` of the epoch's steps.
-        best_epoch: the epoch whose weights were kept.
-        selection: what picked it: "auroc", "loss" or "last".
-        score: the kind of score to use: picked with the epoch by "auroc", else "average".
-        last_weights: those of the last epoch (averaged, where `average_decay` is set), for who does
-            not want an epoch picked.
-    """
-
-    model: ALPS
-    history: list[dict[str, Any]]
-    best_epoch: int
-    selection: str
-    score: str
-    last_weights: dict[str, Tensor]
+__all__ = ["CHECKPOINT", "HISTORY", "FitResult", "Players", "Trainer", "choose_device"]
 
 
 class Trainer:
@@ -131,138 +79,55 @@ class Trainer:
         """
         if resume and self.run_dir is None:
             raise ValueError("resume: needs the run_dir of the run to go on with, got none")
+        images, validator = self.prepare(model, data)
+        distributed.broadcast(model)
+        with deterministic(self.config.deterministic), distributed.synchronised(model):
+            run = Run(self.config, self.run_dir, self.loggers, model, images, validator, resume)
+            steps, state = len(run.batches), run.state
+            players = Players(run.steps)
+            with Progress(self.progress, self.config.epochs, steps, state.epoch) as progress:
+                while not run.done:
+                    row = self._epoch(state.epoch + 1, run, players, progress)
+                    run.finish_epoch(row)
+                    progress.tell(row, run.done)
+            return run.result()
+
+    def prepare(self, model: ALPS, data: OneClassData | Tensor) -> tuple[Tensor, Validator]:
+        """Checks what `fit` was given and brings the model to its device, in training mode.
+
+        Returns:
+            the training images, and what validates the model on the others.
+        """
+        config = self.config
         images = data.train if isinstance(data, OneClassData) else data
         _check_images(images, model)
-        device = choose_device(self.config)
+        device = choose_device(config)
         task = data if isinstance(data, OneClassData) else None
-        selection = self.config.selection()
-        if task is None and self.config.select == "auto":
+        selection = config.selection()
+        if task is None and config.select == "auto":
             selection = "last"
         validator = Validator(task, selection)
         model.to(device)
-        distributed.broadcast(model)
-        with _deterministic(self.config.deterministic), distributed.synchronised(model):
-            return self._fit(model, images, validator, resume)
-
-    def _fit(self, model: ALPS, images: Tensor, validator: Validator, resume: bool) -> FitResult:
-        config = self.config
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         model.to(memory_format=layout)  # type: ignore[call-overload]
         model.train()
-        batches = Batches(images, config.batch_size, next(model.parameters()).device, layout)
-        if batches.size % distributed.world_size():
-            raise ValueError(
-                f"batch_size: {batches.size} images do not divide among "
-                f"{distributed.world_size()} processes; use a multiple of that number"
-            )
-        steps = Steps(model, config)
-        average = Average(model, config.average_decay) if config.average_decay else None
-        state = RunState()
-        data = batches.fingerprint() if self.run_dir is not None else ""
-        if resume:
-            state = load_run(self._path(CHECKPOINT), steps, average, config, data)
-        players = Players(steps)
-        report = 0.0
-        with tqdm(
-            total=config.epochs * len(batches),
-            initial=state.epoch * len(batches),
-            unit="step",
-            disable=None if self.progress else True,
-            dynamic_ncols=True,
-        ) as bar:
-            if self.run_dir is not None and not resume:
-                self._save(state, steps, average, data)
-            while state.epoch < config.epochs and not state.stopped:
-                row = self._epoch(state.epoch + 1, players, batches, average, bar)
-                state.epoch += 1
-                self._validate(state, model, validator, average, row)
-                for log in self.loggers:
-                    log(state.history[-1])
-                bar.set_postfix_str(_summary(row))
-                last = state.stopped or state.epoch == config.epochs
-                if self.progress and bar.disable and (last or time.monotonic() > report):
-                    # No terminal to draw a bar on: a line now and then.
-                    print(f"{_summary(row)} (of {config.epochs})", file=sys.stderr, flush=True)
-                    report = time.monotonic() + REPORT_SECONDS
-                if self.run_dir is not None and (last or not state.epoch % config.checkpoint_every):
-                    self._save(state, steps, average, data)
-        if average is not None:
-            average.swap()
-        last_weights = {name: value.clone() for name, value in model.state_dict().items()}
-        model.load_state_dict(state.best_weights)
-        model.eval()
-        best = state.best
-        return FitResult(
-            model, state.history, best.epoch, validator.selection, best.kind, last_weights
-        )
+        return images, validator
 
-    def _epoch(
-        self, epoch: int, players: Players, batches: Batches, average: Average | None, bar: tqdm
-    ) -> dict[str, Any]:
-        config = self.config
-        adversary = players.has_distorter and epoch % config.distorter_every == 0
-        players.steps.seed(epoch_seed(config.seed, epoch))
-        players.steps.schedule(epoch)
-        errors = torch.zeros(2, device=players.steps.device)
-        contest = torch.zeros(2, device=players.steps.device)
+    def _epoch(self, epoch: int, run: Run, players: Players, progress: Progress) -> dict[str, Any]:
+        adversary = run.begin_epoch(epoch)
+        errors = torch.zeros(2, device=run.steps.device)
+        contest = torch.zeros(2, device=run.steps.device)
         start = time.perf_counter()
-        for batch in batches.epoch(config.seed, epoch):
+        for batch in run.batches.epoch(self.config.seed, epoch):
             errors += players.autoencoder(batch)
             if adversary:
                 contest += players.distorter(batch)
-            if average is not None:
-                average.update()
-            bar.update()
+            if run.average is not None:
+                run.average.update()
+            progress.step()
         # The epoch's only wait for the device.
-        sums = distributed.average(torch.cat([errors, contest]))
-        mean = (sums / len(batches)).tolist()
-        seconds = time.perf_counter() - start
-        if not all(map(math.isfinite, mean)):
-            raise UserError(
-                f"training diverged: the mean error of epoch {epoch} is {mean[0]:g} (normal) and "
-                f"{mean[1]:g} (perturbed); lower learning_rate, bound the perturbation, or set amp "
-                "to off"
-            )
-        row: dict[str, Any] = {"epoch": epoch, "normal_error": mean[0], "perturbed_error": mean[1]}
-        if adversary:
-            row |= {"distorter_error": mean[2], "energy": mean[3]}
-        row["images_per_second"] = len(batches) * batches.size / seconds
-        return row
-
-    def _validate(
-        self,
-        state: RunState,
-        model: ALPS,
-        validator: Validator,
-        average: Average | None,
-        row: dict[str, Any],
-    ) -> None:
-        config = self.config
-        if state.epoch % config.validate_every == 0 or state.epoch == config.epochs:
-            if average is not None:
-                average.swap()
-            row |= validator.measure(model)
-            if validator.update(state.best, state.epoch, row):
-                weights = model.state_dict()
-                state.best_weights = {name: value.clone() for name, value in weights.items()}
-            if average is not None:
-                average.swap()
-            state.stopped = config.patience is not None and state.best.age >= config.patience
-        state.history.append({name: row[name] for name in COLUMNS if name in row})
-
-    def _path(self, name: str) -> Path:
-        assert self.run_dir is not None
-        return self.run_dir / name
-
-    def _save(self, state: RunState, steps: Steps, average: Average | None, data: str) -> None:
-        if distributed.rank():
-            return
-        save_run(self._path(CHECKPOINT), state, steps, average, self.config, data)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(state.history)
-        write_text(self._path(HISTORY), text.getvalue())
+        sums = distributed.average(torch.cat([errors, contest])).tolist()
+        return run.row(epoch, sums, time.perf_counter() - start)
 
 
 class Players:
@@ -270,7 +135,6 @@ class Players:
 
     def __init__(self, steps: Steps) -> None:
         self.steps = steps
-        self.has_distorter = "distorter" in steps.optimizers
         wish = steps.config.cuda_graphs
         # Messages between processes are not captured.
         alone = distributed.world_size() == 1
@@ -344,7 +208,7 @@ def _check_images(images: object, model: ALPS) -> None:
 
 
 @contextlib.contextmanager
-def _deterministic(wanted: bool) -> Iterator[None]:
+def deterministic(wanted: bool) -> Iterator[None]:
     """Only algorithms that give the same bits every time."""
     if not wanted:
         yield
@@ -362,12 +226,3 @@ def _deterministic(wanted: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
-
-
-def _summary(row: dict[str, Any]) -> str:
-    parts = [f"epoch {row['epoch']}", f"normal {row['normal_error']:.5f}"]
-    parts.append(f"perturbed {row['perturbed_error']:.5f}")
-    aurocs = [value for name, value in row.items() if name.startswith("validation_auroc_")]
-    if aurocs:
-        parts.append(f"AUROC {100 * max(aurocs):.2f}%")
-    return ", ".join(parts)
