@@ -6,6 +6,7 @@
 #include "kernels.h"
 
 #if defined(FASTALPS_WITH_AMX)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -34,12 +35,12 @@ void engine_bf16_amx(const EngineArguments&, int64_t, int64_t, int, float*);
 
 namespace {
 
-const char* wish() {
+[[maybe_unused]] const char* wish() {
   const char* name = std::getenv("FASTALPS_CPU");
   return name == nullptr ? "" : name;
 }
 
-bool anything_goes() { return *wish() == '\0'; }
+[[maybe_unused]] bool anything_goes() { return *wish() == '\0'; }
 
 const Kernels& choose() {
 #if defined(FASTALPS_X86)
@@ -62,28 +63,30 @@ bool has_dot(Precision precision) {
   return false;
 }
 
-#if defined(FASTALPS_WITH_AMX)
-// Linux gives a process the tile registers when it asks for them.
-bool tiles_permitted() {
-#if defined(FASTALPS_EMULATED)
-  return true;
-#else
+#if defined(FASTALPS_WITH_AMX) && !defined(FASTALPS_EMULATED)
+// The bits of cpuid that say what of AMX there is and granted; clang's __builtin_cpu_supports does
+// not know them.
+unsigned tile_features() {
+  unsigned a, b, c, features = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &features)) return 0;
+  // Linux gives a process the tile registers when it asks for them, if it has them to give.
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  return permitted;
-#endif
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 ? features : 0;
 }
 #endif
 
 bool has_tiles(Precision precision) {
-#if defined(FASTALPS_WITH_AMX)
-  if (!has_dot(precision) || !anything_goes() || !FASTALPS_SUPPORTS("amx-tile")) return false;
-  const bool products =
-      precision == Precision::kInt8 ? FASTALPS_SUPPORTS("amx-int8") : FASTALPS_SUPPORTS("amx-bf16");
-  return products && tiles_permitted();
-#else
+#if !defined(FASTALPS_WITH_AMX)
   (void)precision;
   return false;
+#elif defined(FASTALPS_EMULATED)
+  return has_dot(precision) && anything_goes();
+#else
+  constexpr unsigned kTiles = 1u << 24, kInt8 = 1u << 25, kBf16 = 1u << 22;
+  if (!has_dot(precision) || !anything_goes()) return false;
+  static const unsigned features = tile_features();
+  const unsigned needed = kTiles | (precision == Precision::kInt8 ? kInt8 : kBf16);
+  return (features & needed) == needed;
 #endif
 }
 
