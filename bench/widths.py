@@ -120,7 +120,7 @@ def _draw(rows: dict[str, dict[str, Any]], path: Path, title: str) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     matplotlib.rcParams["svg.hashsalt"] = "fastalps"
     figure, axes = pyplot.subplots(1, 2, figsize=(9.5, 4), sharey=True)
@@ -136,8 +136,11 @@ def _draw(rows: dict[str, dict[str, Any]], path: Path, title: str) -> None:
                     one.annotate(name, (x, y), (4, -9), textcoords="offset points", fontsize=6)
         what = "both scores" if passes == "both" else "the normal score alone"
         one.set(xscale="log", xlabel=f"MFLOP an image, {what}")
+        one.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        one.xaxis.set_minor_locator(ticker.NullLocator())
+        one.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axes[0].set_ylabel("AUROC of the normal score, %")
-    axes[0].legend(fontsize=7, loc="lower right")
+    axes[0].legend(fontsize=7, loc="center right")
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
