@@ -6,7 +6,8 @@ the loop, `tensorboard` a logger.
 """
 
 from fastalps.training.config import TrainConfig
+from fastalps.training.stacked import fit_stacked
 from fastalps.training.tensorboard import TensorBoardLogger
 from fastalps.training.trainer import FitResult, Trainer
 
-__all__ = ["FitResult", "TensorBoardLogger", "TrainConfig", "Trainer"]
+__all__ = ["FitResult", "TensorBoardLogger", "TrainConfig", "Trainer", "fit_stacked"]
