@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 # A checkout needs no installation.
@@ -24,7 +25,7 @@ import torch
 
 from bench.command_line import Parser, guarded
 from bench.quality import cells, pictures, tables, video
-from bench.quality.recipes import BASELINES, METHODS, RECIPES
+from bench.quality.recipes import BASELINES, METHODS, RECIPES, VARIANTS
 from fastalps.environment import usable_cores
 from fastalps.errors import UserError
 
@@ -91,6 +92,12 @@ def _parser() -> Parser:
         help="cells side by side, a thread each (default: as many as cores)",
     )
     parser.add_argument(
+        "--stack",
+        action=argparse.BooleanOptionalAction,
+        help="train all classes of a seed and method together, one such stack at a time; of tables "
+        "1 and 3 (default: where there is a CUDA device, which then trains)",
+    )
+    parser.add_argument(
         "--print-only", action="store_true", help="print the table of finished cells, run none"
     )
     parser.add_argument("--quick", action="store_true", help="two epochs; the figures mean nothing")
@@ -115,33 +122,33 @@ def _parser() -> Parser:
         metavar="DIR",
         help="gets checkpoints, scores.csv and pictures of each cell (default: runs/quality)",
     )
-    # What the program calls itself with, one process a cell.
+    # What the program calls itself with, one process a cell or stack of them.
     parser.add_argument(
-        "--cell", nargs=3, metavar=("CLASS", "SEED", "METHOD"), help=argparse.SUPPRESS
+        "--cell", nargs=3, metavar=("CLASS,...", "SEED", "METHOD"), help=argparse.SUPPRESS
     )
     return parser
 
 
 def _run_cells(options: argparse.Namespace, wanted: Sequence[AnyCell]) -> list[str]:
-    """Runs the cells, `jobs` at a time in processes of their own; returns the failures."""
-    waiting = [cell for cell in wanted if not cell.done(options.results)]
-    total, failures = len(waiting), []
-    running: dict[subprocess.Popen[bytes], AnyCell] = {}
-    print(f"{len(wanted) - total} of {len(wanted)} cells are there; {total} to run", flush=True)
+    """Runs the cells, `jobs` processes at a time; returns the failures."""
+    missing = [cell for cell in wanted if not cell.done(options.results)]
+    waiting, left, failures = _groups(options, missing), len(missing), []
+    running: dict[subprocess.Popen[bytes], list[AnyCell]] = {}
+    print(f"{len(wanted) - left} of {len(wanted)} cells are there; {left} to run", flush=True)
     try:
         while waiting or running:
-            while waiting and len(running) < options.jobs:
-                cell = waiting.pop(0)
-                running[_start(options, cell)] = cell
+            while len(running) < options.jobs and (ready := _ready(options, waiting, running)):
+                waiting.remove(ready)
+                running[_start(options, ready)] = ready
             time.sleep(0.2)
             for process in [p for p in running if p.poll() is not None]:
-                cell = running.pop(process)
-                if process.returncode:
-                    failures.append(cell.name)
-                record = cells.read(cell, options.results, options.protocol)
-                left = len(waiting) + len(running)
-                told = tables.summary(record) if record else "failed"
-                print(f"{cell.name}: {told} ({left} of {total} left)", flush=True)
+                for cell in running.pop(process):
+                    left -= 1
+                    if process.returncode:
+                        failures.append(cell.name)
+                    record = cells.read(cell, options.results, options.protocol)
+                    told = tables.summary(record) if record else "failed"
+                    print(f"{cell.name}: {told} ({left} of {len(missing)} left)", flush=True)
     finally:
         for process in running:
             process.terminate()
@@ -150,10 +157,37 @@ def _run_cells(options: argparse.Namespace, wanted: Sequence[AnyCell]) -> list[s
     return failures
 
 
-def _start(options: argparse.Namespace, cell: AnyCell) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(Path(__file__).resolve()), *cell.arguments]
+def _stacks(options: argparse.Namespace, cell: AnyCell) -> bool:
+    """Whether the cell is trained in a stack."""
+    return options.stack and isinstance(cell, cells.Cell) and cell.method in VARIANTS
+
+
+def _groups(options: argparse.Namespace, missing: Sequence[AnyCell]) -> list[list[AnyCell]]:
+    """The cells of a process each: those of a stack, or one; in order."""
+
+    def key(cell: AnyCell) -> object:
+        return (cell.seed, cell.method) if _stacks(options, cell) else cell
+
+    return [list(group) for _, group in groupby(missing, key)]
+
+
+def _ready(
+    options: argparse.Namespace,
+    waiting: Sequence[list[AnyCell]],
+    running: dict[subprocess.Popen[bytes], list[AnyCell]],
+) -> list[AnyCell] | None:
+    """The first group that may begin: a stack fills the device, so another one waits."""
+    busy = any(_stacks(options, group[0]) for group in running.values())
+    return next((g for g in waiting if not (busy and _stacks(options, g[0]))), None)
+
+
+def _start(options: argparse.Namespace, group: Sequence[AnyCell]) -> subprocess.Popen[bytes]:
+    first = group[0]
+    told = first.arguments if isinstance(first, video.VideoCell) else cells.arguments(group)
+    command = [sys.executable, str(Path(__file__).resolve()), *told]
     for name in ("root", "results", "scratch"):
         command += [f"--{name}", str(getattr(options, name))]
+    command += ["--stack"] if _stacks(options, first) else []
     return subprocess.Popen(command + (["--quick"] if options.quick else []))
 
 
@@ -166,13 +200,18 @@ def _run(options: argparse.Namespace) -> int:
         if options.table == 2:
             video.run(video.VideoCell(what, seed), *folders)
         else:
-            cells.run(cells.Cell(options.dataset, int(what), seed, method), *folders)
+            group = [cells.Cell(options.dataset, int(c), seed, method) for c in what.split(",")]
+            cells.run(group, *folders, stacked=bool(options.stack))
         return 0
     for value in options.classes:
         if not 0 <= value < cells.CLASSES:
             raise UserError(f"--classes: expected 0 to {cells.CLASSES - 1}, got {value}")
     if options.seeds < 1 or options.jobs < 1:
         raise UserError("--seeds and --jobs: expected numbers from 1 up")
+    if options.stack and options.table == 2:
+        raise UserError("--stack: table 2 has models of two shapes; leave it out")
+    if options.stack is None:
+        options.stack = torch.cuda.is_available()
     seeds = range(options.seeds)
     if options.table == 2:
         options.protocol = video.PROTOCOL

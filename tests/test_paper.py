@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -70,6 +71,59 @@ def test_finished_cells_are_not_run_again(finished, capfd) -> None:
     assert before == {path: path.read_bytes() for path in (folder / "results").iterdir()}
 
 
+def test_a_stack_leaves_the_same_records(finished, tmp_path, capfd) -> None:
+    folder, _ = finished
+    options = ["--dataset", "mnist", "--classes", "3", "4", "--seeds", "1", "--quick", "--stack"]
+    options += ["--root", str(folder / "data"), "--methods", "alps", "pca"]
+    options += ["--results", str(tmp_path / "results"), "--scratch", str(tmp_path / "scratch")]
+    assert paper.main(options) == 0
+    assert "4 to run" in capfd.readouterr().out
+    for protocol in cells.PROTOCOLS:
+        alone = cells.read(Cell("mnist", 3, 0), folder / "results", protocol)
+        for normal_class in (3, 4):
+            cell = Cell("mnist", normal_class, 0)
+            record = cells.read(cell, tmp_path / "results", protocol)
+            assert record.pop("stacked") == 2
+            assert record.keys() == alone.keys() and record["auroc"].keys() == alone["auroc"].keys()
+            assert record["normal_class"] == normal_class
+            left = {path.name for path in (tmp_path / "scratch" / cell.name).iterdir()}
+            assert left == {path.name for path in (folder / "scratch" / "mnist-3-0").iterdir()}
+        # Baselines are trained alone.
+        assert "stacked" not in cells.read(
+            Cell("mnist", 3, 0, "pca"), tmp_path / "results", protocol
+        )
+    # What is missing is trained again, with nothing left to train but its last epoch's scores.
+    Cell("mnist", 4, 0).path(tmp_path / "results", "strict").unlink()
+    assert paper.main(options) == 0
+    assert "1 to run" in capfd.readouterr().out
+    assert cells.read(Cell("mnist", 4, 0), tmp_path / "results", "strict")["stacked"] == 1
+
+
+def test_what_is_trained_together() -> None:
+    options = argparse.Namespace(stack=True)
+    missing = [
+        Cell("mnist", c, seed, method)
+        for seed in (0, 1)
+        for method in ("alps", "pca")
+        for c in (0, 1, 2)
+        if (c, seed) != (1, 1)
+    ]
+    groups = paper._groups(options, missing)
+    assert [[cell.name for cell in group] for group in groups] == [
+        ["mnist-0-0", "mnist-1-0", "mnist-2-0"],
+        *([f"mnist-{c}-0-pca"] for c in (0, 1, 2)),
+        ["mnist-0-1", "mnist-2-1"],
+        *([f"mnist-{c}-1-pca"] for c in (0, 2)),
+    ]
+    told = cells.arguments(groups[-3])
+    assert told == ("--dataset", "mnist", "--cell", "0,2", "1", "alps")
+    # One stack at a time; what is no stack need not wait for it.
+    assert paper._ready(options, groups[1:], {}) is groups[1]
+    assert paper._ready(options, groups[4:], {None: groups[0]}) is groups[5]
+    assert paper._ready(options, groups[4:5], {None: groups[0]}) is None
+    assert paper._groups(argparse.Namespace(stack=False), missing) == [[cell] for cell in missing]
+
+
 def test_table_names_what_is_missing(finished, capsys) -> None:
     _, options = finished
     assert paper.main([*options, "--print-only", "--classes", "3", "4", "--table", "3"]) == 0
@@ -99,6 +153,7 @@ def test_table_means_and_spread(tmp_path) -> None:
         (["--seeds", "0"], "from 1 up"),
         (["--table", "7"], "--table"),
         (["--dataset", "cats"], "--dataset"),
+        (["--table", "2", "--stack"], "--stack"),
     ],
 )
 def test_bad_arguments(arguments, message) -> None:

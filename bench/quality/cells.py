@@ -1,10 +1,11 @@
-"""One cell of a table: one method trained on one class with one seed, tested by both protocols."""
+"""Cells of a table: one method trained on one class with one seed, tested by both protocols."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from fastalps.environment import result_record
 from fastalps.files import make_folder
 from fastalps.relative import energy
 from fastalps.smoothing import SIZE
-from fastalps.training.trainer import CHECKPOINT
+from fastalps.training import FitResult, fit_stacked
+from fastalps.training.run import CHECKPOINT
 from fastalps.training.validation import FIXED_KIND
 
 PROTOCOLS = ("paper", "strict")
@@ -45,12 +47,6 @@ class Cell:
         suffix = "" if self.method == "alps" else f"-{self.method}"
         return f"{self.dataset}-{self.normal_class}-{self.seed}{suffix}"
 
-    @property
-    def arguments(self) -> tuple[str, ...]:
-        """What a process that runs this cell alone is told."""
-        what = (str(self.normal_class), str(self.seed), self.method)
-        return ("--dataset", self.dataset, "--cell", *what)
-
     def path(self, results: Path, protocol: str) -> Path:
         """Where the result by `protocol` is kept."""
         suffix = "" if self.method == "alps" else f"-{self.method}"
@@ -66,14 +62,30 @@ def read(cell: Any, results: Path, protocol: str) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def run(cell: Cell, root: Path, results: Path, scratch: Path, quick: bool = False) -> None:
-    """Trains and tests a cell and writes its two records; goes on where a stopped run was.
+def arguments(group: Sequence[Cell]) -> tuple[str, ...]:
+    """What a process that runs these cells, of one data set, seed and method, is told."""
+    classes = ",".join(str(cell.normal_class) for cell in group)
+    return ("--dataset", group[0].dataset, "--cell", classes, str(group[0].seed), group[0].method)
+
+
+def run(
+    group: Sequence[Cell],
+    root: Path,
+    results: Path,
+    scratch: Path,
+    quick: bool = False,
+    stacked: bool = False,
+) -> None:
+    """Trains and tests cells and writes their two records each; goes on where a stopped run was.
 
     Args:
+        group: of one data set, seed and method.
         root: the folder of the data set.
         results: gets the records, and those only.
         scratch: gets checkpoint, scores.csv and pictures.
         quick: a few epochs, to prove that it works.
+        stacked: train them together, on a CUDA device where there is one; their records say so,
+            and their `seconds` are those of the whole stack.
 
     Test labels are read once, after everything is chosen: by `paper` the epoch and the kind of
     score with the highest AUROC on the validation images, by `strict` the last epoch and the
@@ -83,19 +95,37 @@ def run(cell: Cell, root: Path, results: Path, scratch: Path, quick: bool = Fals
     (`kinds.py`), again chosen on the validation images by `paper` and fixed by the recipe for
     `strict`.
     """
-    data = load_images(
-        cell.dataset, root, normal_class=cell.normal_class, protocol="paper", seed=cell.seed
-    )
+    tasks = [
+        load_images(c.dataset, root, normal_class=c.normal_class, protocol="paper", seed=c.seed)
+        for c in group
+    ]
+    if group[0].method in BASELINES:
+        for cell, data in zip(group, tasks, strict=True):
+            _record(cell, data, _baseline(cell, data), results, quick)
+        return
+    folders = [make_folder(scratch / cell.name) for cell in group]
+    config, trained = _train(group, tasks, folders, quick, stacked)
+    for cell, data, folder, fitted in zip(group, tasks, folders, trained, strict=True):
+        details = {
+            "model": dataclasses.asdict(fitted.model.config),
+            "flops_per_image": fitted.model.flops(),
+            "training": dataclasses.asdict(config),
+            # Of the epochs, whatever the number of runs that they took.
+            "seconds": round(
+                sum(len(data.train) / row["images_per_second"] for row in fitted.history), 1
+            ),
+            **({"stacked": len(group)} if stacked else {}),
+        }
+        _record(cell, data, _tested(cell, data, folder, fitted, details), results, quick)
+
+
+# By protocol: the scores of the test images by kind, the kind that is reported, and what else to
+# record.
+Tested = dict[str, tuple[dict[str, Tensor], str, dict[str, Any]]]
+
+
+def _record(cell: Cell, data: OneClassData, parts: Tested, results: Path, quick: bool) -> None:
     recipe = RECIPES[cell.dataset]
-    if cell.method in BASELINES:
-        begin = time.perf_counter()
-        scores = baselines.scores(cell.method, data.train, data.test, cell.seed)
-        # Reconstruction errors, unlike distances and path lengths, can have our additions.
-        ours = recipe.strict_score if "smoothed_normal" in scores else "normal"
-        details = {"ours": ours, "seconds": round(time.perf_counter() - begin, 1)}
-        parts = dict.fromkeys(PROTOCOLS, (scores, "normal", details))
-    else:
-        parts = _train(cell, data, make_folder(scratch / cell.name), quick)
     make_folder(results)
     for protocol, (found, kind, details) in parts.items():
         areas = {
@@ -122,29 +152,49 @@ def run(cell: Cell, root: Path, results: Path, scratch: Path, quick: bool = Fals
         write_metrics(cell.path(results, protocol), record)
 
 
+def _baseline(cell: Cell, data: OneClassData) -> Tested:
+    begin = time.perf_counter()
+    scores = baselines.scores(cell.method, data.train, data.test, cell.seed)
+    # Reconstruction errors, unlike distances and path lengths, can have our additions.
+    ours = RECIPES[cell.dataset].strict_score if "smoothed_normal" in scores else "normal"
+    details = {"ours": ours, "seconds": round(time.perf_counter() - begin, 1)}
+    return dict.fromkeys(PROTOCOLS, (scores, "normal", details))
+
+
 def _train(
-    cell: Cell, data: OneClassData, folder: Path, quick: bool
-) -> dict[str, tuple[dict[str, Tensor], str, dict[str, Any]]]:
-    recipe = RECIPES[cell.dataset]
-    training = {**recipe.training, **(QUICK if quick else {}), "seed": cell.seed}
+    group: Sequence[Cell],
+    tasks: Sequence[OneClassData],
+    folders: Sequence[Path],
+    quick: bool,
+    stacked: bool,
+) -> tuple[fastalps.TrainConfig, list[FitResult]]:
+    recipe, seed = RECIPES[group[0].dataset], group[0].seed
+    training = {**recipe.training, **(QUICK if quick else {}), "seed": seed}
+    if stacked and torch.cuda.is_available():
+        training["device"] = "cuda"
     config = fastalps.TrainConfig(**training, protocol="paper")
-    torch.manual_seed(cell.seed)
-    model = fastalps.ALPS(
-        tuple(data.train.shape[2:]),
-        data.train.shape[1],
-        **{**recipe.model, **VARIANTS[cell.method]},
-    )
-    resume = (folder / CHECKPOINT).is_file()
-    fitted = fastalps.Trainer(config, folder, progress=False).fit(model, data, resume)
-    details = {
-        "model": dataclasses.asdict(model.config),
-        "flops_per_image": model.flops(),
-        "training": dataclasses.asdict(config),
-        # Of the epochs, whatever the number of runs that they took.
-        "seconds": round(
-            sum(len(data.train) / row["images_per_second"] for row in fitted.history), 1
-        ),
-    }
+    models = []
+    for cell, data in zip(group, tasks, strict=True):
+        torch.manual_seed(seed)
+        models.append(
+            fastalps.ALPS(
+                tuple(data.train.shape[2:]),
+                data.train.shape[1],
+                **{**recipe.model, **VARIANTS[cell.method]},
+            )
+        )
+    trainers = [fastalps.Trainer(config, folder, progress=False) for folder in folders]
+    resume = [(folder / CHECKPOINT).is_file() for folder in folders]
+    if stacked:
+        return config, fit_stacked(trainers, models, tasks, resume)
+    each = zip(trainers, models, tasks, resume, strict=True)
+    return config, [trainer.fit(*what) for trainer, *what in each]
+
+
+def _tested(
+    cell: Cell, data: OneClassData, folder: Path, fitted: FitResult, details: dict[str, Any]
+) -> Tested:
+    recipe, model = RECIPES[cell.dataset], fitted.model
     picked, ours = measured(model, data.test), best_kind(model, data, recipe.exponent)
     examples = _examples(data)
     figures.reconstructions(folder / "reconstructions.png", model, *examples)
@@ -155,10 +205,10 @@ def _train(
         "ours": ours,
     }
     parts = {"paper": (picked, fitted.score, {**details, **chosen})}
-    fitted.model.load_state_dict(fitted.last_weights)
-    last = measured(fitted.model, data.test)
+    model.load_state_dict(fitted.last_weights)
+    last = measured(model, data.test)
     chosen = {
-        "chosen_epoch": config.epochs,
+        "chosen_epoch": details["training"]["epochs"],
         "chosen_by": "fixed: the last epoch",
         "ours": recipe.strict_score,
     }

@@ -30,7 +30,7 @@ from fastalps.frame_scores import reduce_patches
 from fastalps.gate import MotionGate, clip_background
 from fastalps.models import Scores
 from fastalps.relative import patch_energies, relative_errors
-from fastalps.training.trainer import CHECKPOINT
+from fastalps.training.run import CHECKPOINT
 
 PROTOCOL = "strict"
 VARIANTS = ("gray", "motion")
