@@ -13,7 +13,7 @@ groups:
             that move; against the same network in PyTorch eager (fp32, bf16, NCHW, channels-last),
             torch.compile (full run), ONNX Runtime and OpenVINO where installed
   training  one step of the autoencoder and of the distorter at batch 128, 28x28; against a plain
-            PyTorch loop
+            PyTorch loop; the same of ten models, stacked, on streams (CUDA) and one by one
   memory    extra peak memory of the error ops; of scoring 100,000 frames (full run); import times
 """
 
