@@ -65,11 +65,11 @@ sanitize: setup
 # end without AMX.
 emulate: setup
 	FASTALPS_EMULATE=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/emulated
-	FASTALPS_TEST_LIBRARY=build/emulated/fastalps/lib OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q \
-	  -p no:cacheprovider tests/test_kernels.py tests/test_engine.py tests/test_quantization.py \
-	  -k "$(SANITIZED) or presets or native"
-	FASTALPS_TEST_LIBRARY=build/emulated/fastalps/lib FASTALPS_CPU=avx512 $(BIN)/python -m pytest \
-	  -q -p no:cacheprovider tests/test_quantization.py -k "$(SANITIZED)"
+	FASTALPS_TEST_LIBRARY=build/emulated/fastalps/lib OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
+	  -n 2 -p no:cacheprovider tests/test_kernels.py tests/test_engine.py tests/test_quantization.py \
+	  -k "$(SANITIZED) or native-cpu"
+	FASTALPS_TEST_LIBRARY=build/emulated/fastalps/lib FASTALPS_CPU=avx512 OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -q -n 2 -p no:cacheprovider tests/test_quantization.py -k "$(SANITIZED)"
 
 # The wheel is built from the sdist: what the sdist lacks, fails here.
 wheel: setup
