@@ -172,11 +172,11 @@ class Reference:
             maps, _ = self._hidden(*self._layer(layer, maps))
         return self._layer(last, maps)[0].sigmoid()
 
-    def errors(self, images: Tensor) -> Tensor:
-        """-> (2, N): normal and perturbed."""
+    def errors(self, images: Tensor, smoothing: int | None = None) -> Tensor:
+        """-> (2, N): normal and perturbed; smoothed as the model is, unless told."""
         latents, _ = self.latents(self.encode(images)[0])
         both = self.decode(self.expand(latents.flatten(0, 1))[0])
-        return mean_squares(both, images, self.config.smoothing)
+        return mean_squares(both, images, smoothing or self.config.smoothing)
 
 
 def mean_squares(both: Tensor, images: Tensor, smoothing: int) -> Tensor:
@@ -303,8 +303,12 @@ def test_smoothing(library, shape, smoothing, rng):
     frames = frames_of(shape, rng)
     images = patches_of(frames, SHAPES[shape][1], STRIDE)
     run = Emulation(library, model, pack_fused(model), frames, STRIDE, blocks=2)
-    expected = Reference(model).errors(images)
-    torch.testing.assert_close(run.run_all().double(), expected, rtol=4e-3, atol=1e-6)
+    reference = Reference(model)
+    expected, plain = reference.errors(images), reference.errors(images, 1)
+    # Residuals of both signs cancel in a wide mean, what roundings add to them need not: with r the
+    # root of the mean square before and s after, a deviation of 2e-3 r moves s^2 by 2 s (2e-3 r).
+    room = 4e-3 * (expected * plain).sqrt()
+    assert ((run.run_all().double() - expected).abs() <= room).all()
     again = Emulation(library, model, run.packed, frames, STRIDE, descending=True)
     assert torch.equal(again.run_all(), run.errors)
 
