@@ -100,6 +100,12 @@ def _parser() -> Parser:
     parser.add_argument(
         "--print-only", action="store_true", help="print the table of finished cells, run none"
     )
+    parser.add_argument(
+        "--summary",
+        action="store_true",
+        help="of tables 1 and 3, print the main figures of finished cells under both protocols: "
+        "ALPS by class, the means of every method; run none",
+    )
     parser.add_argument("--quick", action="store_true", help="two epochs; the figures mean nothing")
     parser.add_argument(
         "--root",
@@ -213,6 +219,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.stack is None:
         options.stack = torch.cuda.is_available()
     seeds = range(options.seeds)
+    if options.summary and options.table == 2:
+        raise UserError("--summary: of tables 1 and 3; leave it out")
     if options.table == 2:
         options.protocol = video.PROTOCOL
         pairs = [video.VideoCell(v, seed) for seed in seeds for v in video.VARIANTS]
@@ -221,6 +229,11 @@ def _run(options: argparse.Namespace) -> int:
         print("\n".join(tables.video_table(seeds, options.results)))
         _draw(options, [video.VideoCell(v, 0) for v in video.VARIANTS], video.VARIANTS)
         return 1 if failures else 0
+    if options.summary:
+        print(f"{options.dataset}, AUROC in %, ± standard deviation over seeds\n")
+        found = tables.summary_table(options.dataset, options.classes, seeds, options.results)
+        print("\n".join(found))
+        return 0
     methods = tuple(options.methods or TABLE_METHODS[options.table])
     wanted = [
         cells.Cell(options.dataset, c, seed, method)

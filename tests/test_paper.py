@@ -147,9 +147,28 @@ def test_table_means_and_spread(tmp_path) -> None:
     assert lines[4].startswith("| plain autoencoder | 85.00 | 65.00 | - |")
 
 
+def test_summary_has_both_protocols(tmp_path, capsys) -> None:
+    for method, area in (("alps", 0.9), ("pca", 0.5)):
+        for protocol, less in (("paper", 0.0), ("strict", 0.2)):
+            for c in (0, 1):
+                kinds = {"reported": area - less, "normal": area - less - 0.05, "ours": 0.95 - less}
+                path = Cell("mnist", c, 0, method).path(tmp_path, protocol)
+                path.write_text(json.dumps({"auroc": kinds}))
+    options = ["--summary", "--classes", "0", "1", "--seeds", "1", "--results", str(tmp_path)]
+    assert paper.main(options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "| ALPS, `paper` | 90.00 | 90.00 | 90.00 | 1 |" in lines
+    assert "| ours, `strict` | 75.00 | 75.00 | 75.00 | 1 |" in lines
+    assert "| ALPS | 97.65 | 90.00 | 95.00 | 65.00 | 75.00 | 1 |" in lines
+    assert "| PCA |  | 50.00 | 95.00 | 25.00 | 75.00 | 1 |" in lines
+    # No cells, no row.
+    assert "OCSVM" not in "\n".join(lines)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--summary", "--table", "2"], "--summary"),
         (["--classes", "10"], "expected 0 to 9"),
         (["--seeds", "0"], "from 1 up"),
         (["--table", "7"], "--table"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +87,48 @@ def _method_row(
     seeds: Sequence[int],
     results: Path,
 ) -> tuple[str, list[str]]:
+    found = _figures(dataset, protocol, method, kind, classes, seeds, results)
+    name = LABELS[method] + KINDS.get(kind, f", {kind.replace('_', ' ')} score")
+    line = _row([name, *found.classes, found.mean, found.spread or "-", str(found.seeds)])
+    return line, found.missing
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """A kind of score by a method, in % as text; "-" where cells are missing.
+
+    Attributes:
+        classes: means over the seeds there are.
+        mean: of the classes; of all or of none, or it would look like one over all.
+        spread: standard deviation of the mean over seeds; empty with fewer than two.
+        seeds: with every class.
+        missing: names of cells.
+    """
+
+    classes: list[str]
+    mean: str
+    spread: str
+    seeds: int
+    missing: list[str]
+
+
+def _figures(
+    dataset: str,
+    protocol: str,
+    method: str,
+    kind: str,
+    classes: Sequence[int],
+    seeds: Sequence[int],
+    results: Path,
+) -> _Figures:
     found: dict[tuple[int, int], float] = {}
-    absent = []
+    missing = []
     for c in classes:
         for seed in seeds:
             cell = Cell(dataset, c, seed, method)
             record = read(cell, results, protocol)
             if record is None:
-                absent.append(cell.name)
+                missing.append(cell.name)
             else:
                 found[c, seed] = 100 * record["auroc"][kind]
     texts, means = [], []
@@ -102,13 +137,62 @@ def _method_row(
         means.append(statistics.mean(values) if values else None)
         texts.append("-" if means[-1] is None else f"{means[-1]:.2f}")
     known = [mean for mean in means if mean is not None]
-    # A mean over some classes only would look like one over all.
     mean = f"{statistics.mean(known):.2f}" if len(known) == len(classes) else "-"
     whole = [seed for seed in seeds if all((c, seed) in found for c in classes)]
     by_seed = [statistics.mean(found[c, seed] for c in classes) for seed in whole]
-    spread = f"{statistics.stdev(by_seed):.2f}" if len(by_seed) > 1 else "-"
-    name = LABELS[method] + KINDS.get(kind, f", {kind.replace('_', ' ')} score")
-    return _row([name, *texts, mean, spread, str(len(whole))]), absent
+    spread = f"{statistics.stdev(by_seed):.2f}" if len(by_seed) > 1 else ""
+    return _Figures(texts, mean, spread, len(whole), missing)
+
+
+# The rows of a method in the summary: (label, protocol, kind of score).
+SUMMARY_ROWS = (
+    ("{}, `paper`", "paper", "reported"),
+    ("ours, `paper`", "paper", "ours"),
+    ("{}, `strict`, normal score", "strict", "normal"),
+    ("ours, `strict`", "strict", "ours"),
+)
+
+
+def summary_table(
+    dataset: str, classes: Sequence[int], seeds: Sequence[int], results: Path
+) -> list[str]:
+    """ALPS by class under both protocols, then the means of every method that has cells."""
+    head = [dataset, *map(str, classes), "mean", "seeds"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    published = PAPER_ALPS.get(dataset)
+    if published and len(classes) == CLASSES:
+        texts = [f"{published[c]:.2f}" for c in classes]
+        lines.append(_row(["paper's ALPS", *texts, f"{PAPER_MEAN[dataset]:.2f}", ""]))
+    for label, protocol, kind in SUMMARY_ROWS:
+        found = _figures(dataset, protocol, "alps", kind, classes, seeds, results)
+        name = label.format(LABELS["alps"])
+        lines.append(_row([name, *found.classes, _with_spread(found), str(found.seeds)]))
+    head = [
+        "means",
+        "paper's",
+        *(label.format("").removeprefix(", ") for label, _, _ in SUMMARY_ROWS),
+        "seeds",
+    ]
+    lines += ["", _row(head), _row(["---"] * len(head))]
+    means = {**PAPER_ABLATION.get(dataset, {}), "alps": PAPER_MEAN.get(dataset)}
+    for method, label in LABELS.items():
+        parts = [
+            _figures(dataset, protocol, method, kind, classes, seeds, results)
+            if kind != "ours" or method not in ("ocsvm", "iforest")
+            else None
+            for _, protocol, kind in SUMMARY_ROWS
+        ]
+        complete = [part for part in parts if part and part.seeds]
+        if complete:
+            mean = means.get(method)
+            cells = ["" if part is None else _with_spread(part) for part in parts]
+            published_mean = "" if mean is None else f"{mean:.2f}"
+            lines.append(_row([label, published_mean, *cells, str(complete[0].seeds)]))
+    return lines
+
+
+def _with_spread(found: _Figures) -> str:
+    return found.mean + (f" ±{found.spread}" if found.spread else "")
 
 
 def _row(values: Sequence[str]) -> str:
