@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -41,6 +42,36 @@ needs_library = pytest.mark.skipif(not STATE.available, reason=STATE.reason)
 emulated = pytest.mark.filterwarnings("ignore:this processor has no")
 
 
+def carried_rounding(weight: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
+    """Weights (a, b, 3, 3) in bf16: of the taps that meet in an output pixel, the largest first,
+    each takes what rounding the last one lost."""
+    taps = weight.flatten(2)
+    reach = []
+    for tap in range(9):
+        one = torch.zeros(9, dtype=weight.dtype)
+        one[tap] = 1
+        reach.append(apply(one.view(1, 1, 3, 3)).flatten() != 0)
+    groups: list[list[int]] = []
+    for tap in range(9):
+        near = [g for g in groups if any((reach[tap] & reach[other]).any() for other in g)]
+        joined = [other for g in near for other in g]
+        groups = [g for g in groups if g not in near] + [[*joined, tap]]
+    result = torch.empty_like(taps)
+    for group in groups:
+        lost = torch.zeros(weight.shape[:2], dtype=weight.dtype)
+        left = taps[:, :, group].abs()
+        for _ in group:
+            # The largest that was not rounded yet, of each pair of channels.
+            pick = left.argmax(2, keepdim=True)
+            left.scatter_(2, pick, -1.0)
+            index = torch.tensor(group)[pick]
+            wanted = taps.gather(2, index)[..., 0] + lost
+            kept = wanted.bfloat16().double()
+            result.scatter_(2, index, kept[..., None])
+            lost = wanted - kept
+    return result.view_as(weight)
+
+
 class Rounded:
     """The model in float64 with weights and activations rounded as by bf16 or int8.
 
@@ -54,9 +85,15 @@ class Rounded:
         self.precision = precision
         self.ranges = iter(ranges)
 
-    def weight(self, weight: Tensor, outputs: int) -> Tensor:
+    def weight(self, weight: Tensor, outputs: int, apply: Callable[[Tensor], Tensor]) -> Tensor:
+        """Rounded weights.
+
+        Args:
+            outputs: dimension of the output channels.
+            apply: the layer with one channel in and one out and these weights (3 x 3), of ones.
+        """
         if self.precision == "bf16":
-            return weight.float().bfloat16().double()
+            return carried_rounding(weight, apply)
         dims = [d for d in range(weight.dim()) if d != outputs]
         scale = weight.abs().amax(dims, keepdim=True) / 127
         scale[scale == 0] = 1
@@ -77,7 +114,15 @@ class Rounded:
             if isinstance(layer, nn.Conv2d):
                 # Pixels are whole numbers in bf16, and 1/255 is in the weights.
                 factor = 255 if first and self.precision == "bf16" else 1
-                weight = self.weight(layer.weight / factor, 0)
+                ones = torch.ones_like(maps[:1, :1])
+                weight = self.weight(
+                    layer.weight / factor, 0, lambda w, x=ones: F.conv2d(x, w, None, 2, 1)
+                )
+                if first and self.precision == "bf16" and maps.shape[1] % 2:
+                    # Half of a pixel's last word is free: it holds the rest of these weights.
+                    exact = layer.weight[:, -1:] / factor
+                    high = exact.bfloat16().double()
+                    weight[:, -1:] = high + (exact - high).bfloat16().double()
                 maps = F.conv2d(maps * factor, weight, layer.bias, 2, 1)
                 first = False
             else:
@@ -102,7 +147,12 @@ class Rounded:
             ],
             -2,
         )
-        weight = self.weight(last.weight / (height * width), 0)
+        ones = torch.ones_like(maps[:1, :1])
+        weight = self.weight(
+            last.weight / (height * width),
+            0,
+            lambda w: F.conv2d(ones, w, None, 2, 1).mean((2, 3), keepdim=True),
+        )
         return torch.einsum("ncij,dcij->nd", self.activation(sums), weight) + last.bias
 
     def errors(self, images: Tensor) -> Tensor:
@@ -122,10 +172,14 @@ class Rounded:
         maps = network.decoder.dense(both).unflatten(1, network.decoder.start)
         for layer in network.decoder.layers:
             if isinstance(layer, nn.ConvTranspose2d):
-                maps = F.conv_transpose2d(
-                    maps, self.weight(layer.weight, 1), layer.bias, layer.stride, layer.padding,
-                    layer.output_padding,
-                )  # fmt: skip
+                shape = (layer.stride, layer.padding, layer.output_padding)
+                ones = torch.ones_like(maps[:1, :1])
+                weight = self.weight(
+                    layer.weight,
+                    1,
+                    lambda w, x=ones, s=shape: F.conv_transpose2d(x, w, None, *s),
+                )
+                maps = F.conv_transpose2d(maps, weight, layer.bias, *shape)
             else:
                 maps = layer(maps)
             if isinstance(layer, nn.LeakyReLU):

@@ -171,7 +171,8 @@ struct BFloat {
 
 inline int64_t groups_of(int64_t channels, int group) { return (channels + group - 1) / group; }
 
-// Floats of `pixels` pixels (pixel, channel, patch) to words.
+// Floats of `pixels` pixels (pixel, channel, patch) to words. The last channel also fills what is
+// left of its word, where weights may hold what rounding took from its own (narrow.py).
 template <typename P, int V>
 void encode_pixels(const float* from, int64_t pixels, int64_t channels, const Coding& coding,
                    uint32_t* to) {
@@ -181,7 +182,8 @@ void encode_pixels(const float* from, int64_t pixels, int64_t channels, const Co
       for (int v = 0; v < V; ++v) {
         Vec x[P::kGroup];
         for (int i = 0; i < P::kGroup; ++i) {
-          x[i] = c + i < channels ? load(from + ((p * channels + c + i) * V + v) * kLanes) : Vec{};
+          const int64_t channel = c + i < channels ? c + i : channels - 1;
+          x[i] = load(from + ((p * channels + channel) * V + v) * kLanes);
         }
         write(to, P::encode(x, coding));
         to += kLanes;

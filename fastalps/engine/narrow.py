@@ -10,7 +10,7 @@ stays in fp32, as do the latent vectors: a distorter makes their range wide.
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -210,6 +210,10 @@ class _NarrowPacker(Packer):
             sums_of_weights = mixed.sum(2)
             for filters, number in classes.items():
                 biases[number] -= scales * zero * sums_of_weights[list(filters)].sum(0)
+        else:
+            mixed = _bf16_weights(
+                mixed, classes, doubled=self._coding is PIXELS and inputs % 2 == 1
+            )
         self.weights.append(torch.tensor([slope]))
         self._code(*coding)
         self.weights += [torch.tensor([factor]), pool_zeros, scales.float()]
@@ -251,6 +255,43 @@ def _results(axis: Axis) -> Iterator[list[tuple[list[int], int]]]:
                 ([index for index, _ in band.values[value]], number)
                 for value, number in band.products[product]
             ]
+
+
+def _bf16_weights(filters: Tensor, classes: Iterable[tuple[int, ...]], doubled: bool) -> Tensor:
+    """(F, out, in) float64 -> the same, on the values of bf16.
+
+    What rounding takes from a weight is given to the next one of the same channels among filters
+    that meet in a pixel: neighbouring pixels are alike, so errors that add up to nothing cancel.
+    The largest weight is first, so that what is left at the end is a rounding of the smallest.
+
+    Args:
+        classes: the sets of filters that a pixel meets.
+        doubled: the last channel comes twice (`encode_pixels`): another one holds the rest of its
+            weights.
+    """
+    result = torch.empty_like(filters)
+    for members in _meeting(len(filters), classes):
+        part = filters[members]
+        order = part.abs().sort(stable=True, dim=0, descending=True).indices
+        rounded, carried = [], torch.zeros_like(part[0])
+        for weight in part.gather(0, order):
+            rounded.append((weight + carried).bfloat16().double())
+            carried = weight + carried - rounded[-1]
+        result[members] = torch.zeros_like(part).scatter(0, order, torch.stack(rounded))
+    if not doubled:
+        return result
+    last = filters[:, :, -1:]
+    result[:, :, -1:] = last.bfloat16().double()
+    return torch.cat([result, last - result[:, :, -1:]], 2)
+
+
+def _meeting(count: int, classes: Iterable[tuple[int, ...]]) -> list[list[int]]:
+    """The filters 0 to count - 1 in sets, those of a class in one."""
+    sets = [{number} for number in range(count)]
+    for members in classes:
+        joined = {number for one in sets if one & set(members) for number in one}
+        sets = [one for one in sets if not one & joined] + [joined]
+    return [sorted(one) for one in sets]
 
 
 def _words(filters: Tensor, precision: str) -> Tensor:
