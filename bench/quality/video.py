@@ -19,7 +19,6 @@ from torch import Tensor
 
 import fastalps
 from bench.quality import pictures, rehearsal
-from bench.quality.kinds import RELATIVE, SMOOTHED
 from bench.quality.recipes import QUICK, VIDEO
 from fastalps import ops, protocols
 from fastalps.cli import figures
@@ -31,7 +30,6 @@ from fastalps.frame_scores import reduce_patches
 from fastalps.gate import MotionGate, clip_background
 from fastalps.models import Scores
 from fastalps.relative import patch_energies, relative_errors
-from fastalps.smoothing import SIZE
 from fastalps.training.run import CHECKPOINT
 
 PROTOCOL = "strict"
@@ -109,7 +107,7 @@ class Ours:
     """What the row `ours` adds to errors relative to contrast.
 
     Attributes:
-        kind: of score (`kinds.py`, without "relative_").
+        kind: of score.
         stride: of the patches.
         top_k: patches of a frame whose mean is its score.
         smooth: frames that its scores are averaged over.
@@ -150,11 +148,11 @@ def run(cell: VideoCell, root: Path, results: Path, scratch: Path, quick: bool =
     model = fitted.model
     model.load_state_dict(fitted.last_weights)
     fastalps.save(model, folder / "model.safetensors")
-    scorers = _scorers(model)
-    rehearsed = _rehearse(scorers, train[-HELD_OUT:], cell.variant)
+    scorer = fastalps.Scorer(model, "average")
+    rehearsed = _rehearse(scorer, train[-HELD_OUT:], cell.variant)
     ours = _choose(rehearsed)
     begin = time.perf_counter()
-    figures_found = _test(cell, scorers, test, folder, ours)
+    figures_found = _test(cell, scorer, test, folder, ours)
     scoring = time.perf_counter() - begin
     config = RECIPE_FIELDS | {"training_patches": patches, "held_out_clips": HELD_OUT}
     record = result_record(
@@ -204,44 +202,29 @@ def _train(
     return fitted, len(images)
 
 
-# By what stands in front of their kinds of score.
-Scorers = dict[str, fastalps.Scorer]
-KINDS = tuple(prefix + kind for prefix in ("", SMOOTHED) for kind in Scores._fields)
-
-
-def _scorers(model: fastalps.ALPS) -> Scorers:
-    """Of the same weights: as the paper's, and of smoothed residuals."""
-    found = {}
-    for prefix, size in (("", 1), (SMOOTHED, SIZE)):
-        same = fastalps.ALPS.from_config(dataclasses.replace(model.config, smoothing=size))
-        same.load_state_dict(model.state_dict())
-        found[prefix] = fastalps.Scorer(same, "average")
-    return found
-
-
-def _scores(scorers: Scorers, shown: Shown, kept: Tensor, stride: int) -> dict[str, Tensor]:
+def _scores(scorer: fastalps.Scorer, shown: Shown, kept: Tensor, stride: int) -> Scores:
     """(T, P) of each kind; 0 where not kept."""
-    result = {kind: torch.zeros(kept.shape) for kind in KINDS}
+    result = Scores(*(torch.zeros(kept.shape) for _ in Scores._fields))
     for part, patches in shown.patches(kept, stride):
-        for prefix, scorer in scorers.items():
-            for kind, values in scorer.scores_images(patches)._asdict().items():
-                result[prefix + kind][part][kept[part]] = values
+        found = scorer.scores_images(patches)
+        for whole, values in zip(result, found, strict=True):
+            whole[part][kept[part]] = values
     return result
 
 
 def _test(
-    cell: VideoCell, scorers: Scorers, test: Sequence[Clip], folder: Path, chosen: Ours
+    cell: VideoCell, scorer: fastalps.Scorer, test: Sequence[Clip], folder: Path, chosen: Ours
 ) -> dict[str, Any]:
     """Every figure of the cell: of the plain kinds, of ours, and of what learns nothing."""
     shown = [show(clip, cell.variant) for clip in test]
     kept = [one.kept(PATCH) for one in shown]
     plain = [
-        _scores(scorers, one, torch.ones_like(keep), PATCH)
+        _scores(scorer, one, torch.ones_like(keep), PATCH)
         for one, keep in zip(shown, kept, strict=True)
     ]
     options: dict[str, Any] = {"patch_size": PATCH, "smooth": SMOOTH, "kept": kept}
     found: dict[str, Any] = {
-        kind: protocols.evaluate_video([scores[kind] for scores in plain], test, **options)
+        kind: protocols.evaluate_video([getattr(s, kind) for s in plain], test, **options)
         for kind in Scores._fields
     }
     motion = protocols.motion_baseline(test, PATCH)
@@ -251,12 +234,12 @@ def _test(
     dense = [one.kept(stride) for one in shown]
     dense_energies = [one.energies(stride) for one in shown]
     dense_options = {**options, "kept": dense, "stride": stride, "top_k": chosen.top_k}
-    dense_plain = [_scores(scorers, one, k, stride) for one, k in zip(shown, dense, strict=True)]
+    dense_plain = [_scores(scorer, one, k, stride) for one, k in zip(shown, dense, strict=True)]
     curves = []
-    for kind in KINDS:
+    for kind in Scores._fields:
         # Patches keep the grid of the protocol, so that they are the same ones in every row.
         ours, frames = (
-            [relative_errors(s[kind], e) for s, e in zip(scores, around, strict=True)]
+            [relative_errors(getattr(s, kind), e) for s, e in zip(scores, around, strict=True)]
             for scores, around in ((plain, energies), (dense_plain, dense_energies))
         )
         found[f"ours_{kind}"] = _both(ours, frames, test, options, dense_options)
@@ -270,8 +253,8 @@ def _test(
     found["motion_baseline_ours"] = _both(ours, baseline, test, options, dense_options)
     _write_frames(folder, test, plain, kept, motion, curves, dense, chosen)
     examples = _examples(shown, test, kept)
-    figures.reconstructions(folder / "reconstructions.png", scorers[""].model, *examples)
-    pictures.keep_examples(folder / pictures.EXAMPLES, scorers[""].model, *examples)
+    figures.reconstructions(folder / "reconstructions.png", scorer.model, *examples)
+    pictures.keep_examples(folder / pictures.EXAMPLES, scorer.model, *examples)
     return found
 
 
@@ -291,7 +274,7 @@ def _both(
 def _write_frames(
     folder: Path,
     test: Sequence[Clip],
-    plain: Sequence[dict[str, Tensor]],
+    plain: Sequence[Scores],
     kept: Sequence[Tensor],
     motion: Sequence[Tensor],
     ours: Sequence[Tensor],
@@ -301,7 +284,7 @@ def _write_frames(
     """scores.csv: what the frame-level figures are computed from."""
     rows: list[tuple[Any, ...]] = []
     for c, clip in enumerate(test):
-        curves = [reduce_patches(plain[c][k], "max", 1, kept[c]) for k in Scores._fields]
+        curves = [reduce_patches(getattr(plain[c], k), "max", 1, kept[c]) for k in Scores._fields]
         curves.append(reduce_patches(motion[c], "max"))
         top = reduce_patches(ours[c], "topk", chosen.top_k, dense[c])
         curves.append(protocols.smooth_scores(top, chosen.smooth))
@@ -334,7 +317,9 @@ def _examples(
     return torch.cat(picks), torch.tensor(labels_found, dtype=torch.bool)
 
 
-def _rehearse(scorers: Scorers, clips: Sequence[Clip], variant: str) -> dict[str, dict[str, float]]:
+def _rehearse(
+    scorer: fastalps.Scorer, clips: Sequence[Clip], variant: str
+) -> dict[str, dict[str, float]]:
     """AUROC of rehearsed anomalies for the options that `ours` was chosen from."""
     held_out = [show(clip, variant) for clip in clips]
     result: dict[str, dict[str, float]] = {}
@@ -343,7 +328,7 @@ def _rehearse(scorers: Scorers, clips: Sequence[Clip], variant: str) -> dict[str
             pairs = []
             for one in held_out:
                 fast = show(rehearsal.faster(one.clip, speed), variant, one.background)
-                pairs.append([_rehearsal_scores(scorers, s, stride) for s in (one, fast)])
+                pairs.append([_rehearsal_scores(scorer, s, stride) for s in (one, fast)])
             result[f"stride {stride}, {speed}x"] = rehearsal.figures(
                 pairs, speed, PATCH, stride, tuple(held_out[0].frames.shape[1:])
             )
@@ -356,17 +341,19 @@ def _choose(rehearsed: dict[str, dict[str, float]]) -> Ours:
     for stride in STRIDES:
         areas = rehearsed[f"stride {stride}, {SPEEDS[0]}x"]
         for top_k in rehearsal.TOP:
-            for kind in KINDS:
-                area = areas[f"{RELATIVE}{kind}, top {top_k}"]
+            for kind in Scores._fields:
+                area = areas[f"relative_{kind}, top {top_k}"]
                 if area > best:
                     best, found = area, Ours(kind, stride, top_k)
     return found
 
 
 def _rehearsal_scores(
-    scorers: Scorers, shown: Shown, stride: int
+    scorer: fastalps.Scorer, shown: Shown, stride: int
 ) -> tuple[dict[str, Tensor], Tensor]:
     kept, energies = shown.kept(stride), shown.energies(stride)
-    found = _scores(scorers, shown, kept, stride)
-    relative = {RELATIVE + kind: relative_errors(v, energies) for kind, v in found.items()}
-    return found | relative, kept
+    found: dict[str, Tensor] = {}
+    for kind, values in _scores(scorer, shown, kept, stride)._asdict().items():
+        found[kind] = values
+        found[f"relative_{kind}"] = relative_errors(values, energies)
+    return found, kept
