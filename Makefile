@@ -61,15 +61,18 @@ sanitize: setup
 	  $(BIN)/python -m pytest -q -s -p no:cacheprovider tests/test_engine.py \
 	  tests/test_quantization.py -k "$(SANITIZED)"
 
-# The CPU kernels' code for AVX-512 and AMX on any x86 processor, those instructions emulated; in the
-# end without AMX.
+# The CPU kernels' code for AVX-512 and AMX on any x86 processor, those instructions emulated; then
+# without AMX, and in the end that for AVX-VNNI without AVX-512.
 emulate: setup
 	FASTALPS_EMULATE=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/emulated
 	FASTALPS_TEST_LIBRARY=build/emulated/fastalps/lib OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
 	  -n 2 -p no:cacheprovider tests/test_kernels.py tests/test_engine.py tests/test_quantization.py \
 	  -k "$(SANITIZED) or native-cpu"
-	FASTALPS_TEST_LIBRARY=build/emulated/fastalps/lib FASTALPS_CPU=avx512 OMP_NUM_THREADS=1 \
-	  $(BIN)/python -m pytest -q -n 2 -p no:cacheprovider tests/test_quantization.py -k "$(SANITIZED)"
+	for set in avx512 avx2; do \
+	  FASTALPS_TEST_LIBRARY=build/emulated/fastalps/lib FASTALPS_CPU=$$set OMP_NUM_THREADS=1 \
+	    $(BIN)/python -m pytest -q -n 2 -p no:cacheprovider tests/test_quantization.py \
+	    -k "$(SANITIZED)" || exit 1; \
+	done
 
 # The wheel is built from the sdist: what the sdist lacks, fails here.
 wheel: setup

@@ -8,8 +8,8 @@ Environment:
     CXX, CUDA_HOME        the C++ compiler; the CUDA toolkit.
     FASTALPS_SANITIZE     sanitizers to build the C++ library with, such as "address,undefined"; for
                           `make sanitize`, which keeps that library apart.
-    FASTALPS_EMULATE      1: a C++ library for tests, whose AVX-512 and AMX instructions are
-                          functions (tests/emulation/avx512.h); for `make emulate`.
+    FASTALPS_EMULATE      1: a C++ library for tests, whose AVX-512, AVX-VNNI and AMX
+                          instructions are functions (tests/emulation/avx512.h); for `make emulate`.
 
 A library that could not be built leaves a text file beside its place that says why, and a working
 package: `python -m fastalps` shows it.
@@ -48,6 +48,7 @@ WIDE = {
     "engine_avx512_bf16": [*AVX512, "-mavx512bf16"],
     "engine_avx512_vnni": [*AVX512, "-mavx512vnni"],
 }
+AVX_VNNI = {"engine_avx_vnni": ["-mavx2", "-mfma", "-mavxvnni"]}
 AMX = {
     "engine_amx_bf16": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     "engine_amx_int8": [*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"],
@@ -203,11 +204,9 @@ def shared_flags(libraries: Path, device: str = "cpu") -> list[str]:
     return [*flags, "-Wl,--as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
 
 
-def has_amx(compiler: str) -> bool:
-    """Whether to build for AMX: Linux grants it (arch_prctl), and gcc 11 and clang 12 know it."""
-    if not X86 or sys.platform != "linux":
-        return False
-    command = [compiler, *AMX["engine_amx_int8"], "-mamx-bf16", "-x", "c++", "-E", "-"]
+def knows(compiler: str, flags: list[str]) -> bool:
+    """Whether the compiler has these flags: gcc 11 and clang 12 have those of AMX and AVX-VNNI."""
+    command = [compiler, *flags, "-x", "c++", "-E", "-"]
     tried = subprocess.run(command, input="", capture_output=True, text=True, check=False)
     return tried.returncode == 0
 
@@ -219,7 +218,11 @@ def build_cpu() -> Path:
     common += ["-DFASTALPS_X86"] if X86 else []
     common += ["-DFASTALPS_EMULATED"] if EMULATE else []
     wide = WIDE if X86 else {}
-    if has_amx(compiler):
+    if X86 and knows(compiler, AVX_VNNI["engine_avx_vnni"]):
+        wide = wide | AVX_VNNI
+        common.append("-DFASTALPS_WITH_AVX_VNNI")
+    # AMX is Linux's to grant (arch_prctl).
+    if X86 and sys.platform == "linux" and knows(compiler, [*AMX["engine_amx_int8"], "-mamx-bf16"]):
         wide = wide | AMX
         common.append("-DFASTALPS_WITH_AMX")
     sanitize = []

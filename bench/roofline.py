@@ -32,7 +32,7 @@ from fastalps.environment import result_record
 from fastalps.errors import UserError
 from fastalps.files import write_json
 from fastalps.models import PRESETS
-from fastalps.quantization import NARROW
+from fastalps.quantization import NARROW, in_hardware
 from fastalps.testing import SCORE_ERROR
 
 PATCHES = 96
@@ -80,9 +80,9 @@ def _preset(preset: str, rounds: int) -> dict[str, Any]:
     patches = torch.rand(PATCHES, 1, 30, 30)
     ranges = activation_ranges(model, patches)
     engines = {"direct": Engine(model, minimal=False), "minimal": Engine(model)}
-    for precision, instructions in NARROW.items():
+    for precision in NARROW:
         # Without them the name says that other instructions stand in.
-        name = precision if instructions in backends.dot_products() else f"{precision}, emulated"
+        name = precision if in_hardware(precision) else f"{precision}, emulated"
         engines[name] = Engine(model, precision=precision, ranges=ranges)
     settings = Settings("quick", "cpu", 1)
     candidates: dict[str, Callable[[], Any]] = {
@@ -105,9 +105,9 @@ def _preset(preset: str, rounds: int) -> dict[str, Any]:
     large, other = torch.rand(1 << 24), torch.rand(1 << 24)
     candidates["sgemm"] = lambda: square @ square
     short, byte = square.bfloat16(), (square * 127).to(torch.int8)
-    if "avx512_bf16" in backends.dot_products():
+    if in_hardware("bf16"):
         candidates["bf16 product"] = lambda: short @ short
-    if "avx512_vnni" in backends.dot_products():
+    if in_hardware("int8"):
         candidates["int8 product"] = lambda: torch._int_mm(byte, byte)
     candidates["copy"] = lambda: other.copy_(large)
     with torch.inference_mode():

@@ -214,8 +214,8 @@ def cpu_kernels() -> str:
 
 
 def dot_products() -> tuple[str, ...]:
-    """The engine's own instructions here: "avx512_bf16" and "amx_bf16" for bf16, "avx512_vnni" and
-    "amx_int8" for int8."""
+    """The engine's own instructions here: "avx512_bf16" and "amx_bf16" for bf16, "avx512_vnni",
+    "avx_vnni" and "amx_int8" for int8."""
     return _capabilities()[1:]
 
 

@@ -25,6 +25,7 @@ _FEATURES = {
     "avx512f": "avx512_f",
     "avx512_bf16": "avx512_bf16",
     "avx512_vnni": "avx512_vnni",
+    "avx_vnni": "avx_vnni",
     "amx_bf16": "amx_bf16",
     "amx_int8": "amx_int8",
     "neon": "neon",

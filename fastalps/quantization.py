@@ -16,8 +16,8 @@ from fastalps.engine.narrow import Ranges, activation_ranges, range_count
 from fastalps.inputs import check_array, to_tensor
 from fastalps.models import ALPS
 
-# In the order of their speed, with the instructions that make them faster than fp32.
-NARROW = {"int8": "avx512_vnni", "bf16": "avx512_bf16"}
+# In the order of their speed, with the instructions of which any makes them faster than fp32.
+NARROW = {"int8": ("avx512_vnni", "avx_vnni"), "bf16": ("avx512_bf16",)}
 
 # What precision="auto" asks of a precision, on normal images that did not set the ranges: their
 # order hardly changes, and a threshold that was set in fp32 still means what it meant.
@@ -137,19 +137,23 @@ def _agreement(found: Tensor, exact: Tensor) -> Agreement:
     return Agreement(float(correlation), float(difference))
 
 
+def in_hardware(precision: str) -> bool:
+    """Whether this processor has instructions for "int8" or "bf16", else emulated and slow."""
+    return any(name in backends.dot_products() for name in NARROW[precision])
+
+
 def choose(model: ALPS) -> str:
     """The precision that "auto" stands for on a CPU: the fastest that keeps the model's ranking.
 
     int8 before bf16 before fp32; the first two only where the processor has instructions for them
-    (AVX512-VNNI, AVX512-BF16) and the model's `quantization` found them close to fp32: ranks
-    correlated to `LEAST_CORRELATION` at least, and a median difference of `LARGEST_DIFFERENCE` at
-    most. Without a `quantization`: fp32.
+    (AVX512-VNNI or AVX-VNNI; AVX512-BF16) and the model's `quantization` found them close to fp32:
+    ranks correlated to `LEAST_CORRELATION` at least, and a median difference of
+    `LARGEST_DIFFERENCE` at most. Without a `quantization`: fp32.
     """
     found = {} if model.quantization is None else model.quantization.agreement
     cpu = torch.device("cpu")
-    for name, instructions in NARROW.items():
+    for name in NARROW:
         close = name in found and found[name].close
-        fast = instructions in backends.dot_products()
-        if close and fast and not why_not(model.config, cpu, name):
+        if close and in_hardware(name) and not why_not(model.config, cpu, name):
             return name
     return "fp32"

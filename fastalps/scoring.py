@@ -160,8 +160,8 @@ class Scorer:
             )
         if reason or auto:
             return choose_precision(precision, self.device)
-        needed = quantization.NARROW.get(precision)
-        if needed is not None and needed not in backends.dot_products():
+        if precision in quantization.NARROW and not quantization.in_hardware(precision):
+            needed = ", ".join(quantization.NARROW[precision])
             warnings.warn(
                 f"this processor has no {precision} instructions ({needed}), so {precision} is "
                 "emulated and slower than fp32",

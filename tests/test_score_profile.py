@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastalps
-from fastalps import Scorer
+from fastalps import Scorer, backends
 from fastalps.cli import score, score_profile
 from fastalps.cli.options import ScoreOptions
 from fastalps.cli.score_profile import FINISH, MOTION, READ, SCORE, START, WRITE, Profile
@@ -155,9 +155,8 @@ def test_rates_of_stages_alone() -> None:
 
 
 def test_int8_only_where_it_is_fast(monkeypatch) -> None:
-    for instructions, expected in ((("vnni",), True), ((), False)):
-        monkeypatch.setattr(score_profile.backends, "dot_products", lambda i=instructions: i)
-        monkeypatch.setitem(score_profile.quantization.NARROW, "int8", "vnni")
+    for instructions, expected in ((("avx512_vnni",), True), (("avx_vnni",), True), ((), False)):
+        monkeypatch.setattr(backends, "dot_products", lambda i=instructions: i)
         assert ("int8" in profile(SCORES).advice()) == expected
         assert "int8" not in profile(SCORES, scorer=made_up(quantized=False)).advice()
 

@@ -16,11 +16,10 @@ from bench import peers
 from bench.cases.op_inputs import PATCH, PATCHES, eager_active, tile_permute
 from bench.frames import Video, load_video
 from bench.harness import Candidate, Case, Settings, Work, first_line, relative_error
-from fastalps import backends
 from fastalps.engine import why_not
 from fastalps.environment import has_fast_bfloat16
 from fastalps.models import PRESETS
-from fastalps.quantization import NARROW
+from fastalps.quantization import in_hardware
 from fastalps.testing import SCORE_ERROR
 
 # Patches a call, by effort.
@@ -167,7 +166,7 @@ def _candidates(
     add("fastalps fp32", fp32, "", scorer("fp32"), True)
     if device == "cpu":
         for precision, dtype in (("bf16", bf16), ("int8", torch.int8)):
-            fast = NARROW[precision] in backends.dot_products()
+            fast = in_hardware(precision)
             name = f"fastalps {precision}" + ("" if fast else ", emulated")
             reason = why_not(model.config, torch.device("cpu"), precision)
             add(name, dtype, reason, scorer(precision), True)

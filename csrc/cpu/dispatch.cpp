@@ -5,8 +5,10 @@
 
 #include "kernels.h"
 
-#if defined(FASTALPS_WITH_AMX)
+#if defined(FASTALPS_WITH_AVX_VNNI) || defined(FASTALPS_WITH_AMX)
 #include <cpuid.h>
+#endif
+#if defined(FASTALPS_WITH_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -27,6 +29,9 @@ extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 void engine_int8_vnni(const EngineArguments&, int64_t, int64_t, int, float*);
 void engine_bf16_dot(const EngineArguments&, int64_t, int64_t, int, float*);
+#endif
+#if defined(FASTALPS_WITH_AVX_VNNI)
+void engine_int8_avx_vnni(const EngineArguments&, int64_t, int64_t, int, float*);
 #endif
 #if defined(FASTALPS_WITH_AMX)
 void engine_int8_amx(const EngineArguments&, int64_t, int64_t, int, float*);
@@ -61,6 +66,21 @@ bool has_dot(Precision precision) {
   if (precision == Precision::kBf16) return FASTALPS_SUPPORTS("avx512bf16");
 #endif
   return false;
+}
+
+// int8 in vectors of AVX2, as most processors without AVX-512 have it that are sold now.
+bool has_avx_vnni() {
+#if !defined(FASTALPS_WITH_AVX_VNNI)
+  return false;
+#elif defined(FASTALPS_EMULATED)
+  return &kernels() == &kernels_avx2;
+#else
+  if (&kernels() != &kernels_avx2 || !anything_goes()) return false;
+  // clang's and older gcc's __builtin_cpu_supports do not know it.
+  unsigned last = 0, features = 0, b, c, d;
+  if (!__get_cpuid_count(7, 0, &last, &b, &c, &d) || last < 1) return false;
+  return __get_cpuid_count(7, 1, &features, &b, &c, &d) && (features & 1u << 4) != 0;
+#endif
 }
 
 #if defined(FASTALPS_WITH_AMX) && !defined(FASTALPS_EMULATED)
@@ -108,6 +128,9 @@ EngineBlock engine_block(Precision precision) {
     return precision == Precision::kInt8 ? engine_int8_vnni : engine_bf16_dot;
   }
 #endif
+#if defined(FASTALPS_WITH_AVX_VNNI)
+  if (precision == Precision::kInt8 && has_avx_vnni()) return engine_int8_avx_vnni;
+#endif
   if (precision == Precision::kBf16) return kernels().engine_bf16;
   return precision == Precision::kInt8 ? kernels().engine_int8 : kernels().engine_fp32;
 }
@@ -117,6 +140,7 @@ const char* kernels_description() {
     std::string words = kernels().name;
     if (has_dot(Precision::kBf16)) words += " avx512_bf16";
     if (has_dot(Precision::kInt8)) words += " avx512_vnni";
+    if (has_avx_vnni()) words += " avx_vnni";
     if (has_tiles(Precision::kBf16)) words += " amx_bf16";
     if (has_tiles(Precision::kInt8)) words += " amx_int8";
     return words;

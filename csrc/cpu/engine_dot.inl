@@ -1,5 +1,5 @@
-// The engine in bf16 or int8 alone, by instructions of its own; included by engine_avx512_*.cpp,
-// which set FASTALPS_BLOCK to its name and FASTALPS_PRECISION to BFloat or Int8.
+// The engine in bf16 or int8 alone, by instructions of its own; included by engine_avx*.cpp and
+// engine_amx_*.cpp, which set FASTALPS_BLOCK to its name and FASTALPS_PRECISION to BFloat or Int8.
 #include <immintrin.h>
 
 #include <cstdint>

@@ -3,7 +3,7 @@
 // broadcast word of weights times three vectors of them. Direct convolutions: sums of inputs would
 // need more bits. Sums are int32 (exact) or float32.
 //
-// Without instructions for it (AVX512-VNNI, AVX512-BF16) the same sums come from those that there
+// Without instructions for it (AVX512-VNNI, AVX-VNNI, AVX512-BF16) the same sums come from those that there
 // are, slower; with tile registers (AMX), the layers with many channels are products of matrices.
 
 // Round to nearest, ties to even, of numbers from 0 to 2**22: the bits below the exponent.
@@ -34,8 +34,13 @@ struct Int8 {
   static Values values(VecUInt words) { return words; }
   static Weights weights(uint32_t word) { return splat_word(word); }
   static Sum add(Sum sum, Values x, Weights w) {
+#if defined(FASTALPS_AVX512)
     return bits_of<Sum>(
         _mm512_dpbusd_epi32(bits_of<__m512i>(sum), bits_of<__m512i>(x), bits_of<__m512i>(w)));
+#else
+    return bits_of<Sum>(
+        _mm256_dpbusd_avx_epi32(bits_of<__m256i>(sum), bits_of<__m256i>(x), bits_of<__m256i>(w)));
+#endif
   }
 #if defined(FASTALPS_AMX)
   // Signed bytes (weights) by unsigned ones; registers are part of an instruction.

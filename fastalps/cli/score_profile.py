@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastalps import backends, distributed, quantization
+from fastalps import distributed, quantization
 from fastalps.cli.options import ScoreOptions
 from fastalps.data.decode import worker_count
 from fastalps.scoring import Scorer
@@ -174,7 +174,7 @@ class Profile:
         scorer, precision = self.scorer, self.scorer.precision
         ways = []
         if scorer.device.type == "cpu":
-            narrow = quantization.NARROW["int8"] in backends.dot_products()
+            narrow = quantization.in_hardware("int8")
             if narrow and precision != "int8" and scorer.model.quantization is not None:
                 ways.append("--precision int8")
         elif precision == "fp32":

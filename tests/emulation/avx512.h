@@ -1,4 +1,4 @@
-// The AVX-512 and AMX instructions that csrc/cpu uses, as functions on vectors of gcc and clang, for
+// The AVX-512, AVX-VNNI and AMX instructions that csrc/cpu uses, as functions on vectors of gcc and clang, for
 // processors without them: `make emulate` builds the library with this in front of each source that
 // needs them. Written from Intel's descriptions of the operations.
 #pragma once
@@ -86,6 +86,17 @@ inline __m512i dpbusd(__m512i sums, __m512i unsigned_bytes, __m512i signed_bytes
   std::memcpy(b, &signed_bytes, sizeof(b));
   for (int i = 0; i < 64; ++i) sum[i / 4] += int32_t{a[i]} * b[i];
   return cast<__m512i>(sum);
+}
+
+inline __m256i dpbusd_avx(__m256i sums, __m256i unsigned_bytes, __m256i signed_bytes) {
+  int32_t sum[8];
+  uint8_t a[32];
+  int8_t b[32];
+  std::memcpy(sum, &sums, sizeof(sum));
+  std::memcpy(a, &unsigned_bytes, sizeof(a));
+  std::memcpy(b, &signed_bytes, sizeof(b));
+  for (int i = 0; i < 32; ++i) sum[i / 4] += int32_t{a[i]} * b[i];
+  return cast<__m256i>(sum);
 }
 
 inline __m512 dpbf16(__m512 sums, __m512bh left, __m512bh right) {
@@ -224,6 +235,7 @@ inline void tile_dpbf16ps(int to, int left, int right) {
 #define _mm512_stream_ps emulated::stream_ps
 #define _mm512_madd_epi16 emulated::madd_epi16
 #define _mm512_dpbusd_epi32 emulated::dpbusd
+#define _mm256_dpbusd_avx_epi32 emulated::dpbusd_avx
 #define _mm512_dpbf16_ps emulated::dpbf16
 #define _mm512_set1_ps(value) emulated::cast<__m512>((value) - emulated::Floats{})
 #define _mm512_setzero_ps() emulated::cast<__m512>(emulated::Floats{})
