@@ -3,8 +3,9 @@
 // broadcast word of weights times three vectors of them. Direct convolutions: sums of inputs would
 // need more bits. Sums are int32 (exact) or float32.
 //
-// Without instructions for it (AVX512-VNNI, AVX-VNNI, AVX512-BF16) the same sums come from those that there
-// are, slower; with tile registers (AMX), the layers with many channels are products of matrices.
+// Without instructions for it (AVX512-VNNI, AVX-VNNI, AVX512-BF16) the same sums come from those
+// that there are, slower; with tile registers (AMX), the layers with many channels are products of
+// matrices.
 
 // Round to nearest, ties to even, of numbers from 0 to 2**22: the bits below the exponent.
 inline VecUInt rounded(Vec x) { return bits_of<VecUInt>(x + 12582912.0f) & 0x3fffffu; }
