@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastalps.drift import DriftMonitor
     from fastalps.gate import MotionGate
     from fastalps.models import ALPS
+    from fastalps.pretrained import load_pretrained
     from fastalps.quantization import Quantization, quantize
     from fastalps.scoring import Scorer
     from fastalps.training import TrainConfig, Trainer
@@ -34,6 +35,7 @@ __all__ = [
     "Trainer",
     "UserError",
     "load",
+    "load_pretrained",
     "quantize",
     "save",
     "use_backend",
@@ -54,6 +56,7 @@ _HOMES = {
     "TrainConfig": "training",
     "Trainer": "training",
     "load": "checkpoint",
+    "load_pretrained": "pretrained",
     "quantize": "quantization",
     "save": "checkpoint",
     "use_backend": "backends",
@@ -70,6 +73,7 @@ _MODULES = (
     "models",
     "nn",
     "ops",
+    "pretrained",
     "protocols",
     "quantization",
     "reference",

@@ -39,6 +39,8 @@ def check_files() -> None:
     assert (package / "csrc" / "bindings.cpp").is_file()
     assert (package / "kernels" / "tile_patches.py").is_file()
     assert (package / "py.typed").is_file()
+    for name in fastalps.pretrained.PRETRAINED:
+        assert fastalps.load_pretrained(name).calibration is not None
     assert importlib.metadata.version("fastalps") == fastalps.__version__
 
 

@@ -24,12 +24,13 @@ USAGE = """fastalps-export RUN --format onnx|pt2 --out FILE [options]
 
 DESCRIPTION = """Writes a run of fastalps-train as one file for ONNX Runtime or plain PyTorch.
 
-RUN is the run's folder (or its model.safetensors). Without --frame-size the file takes "images"
-(batch, channels, height, width) of the model's size and gives "scores" (batch,). With it, the file
-takes whole "frames" (batch, height, width), cuts them into patches itself, and gives "patch_scores"
-(batch, patches); a frame's score is their maximum, unless the run says otherwise. The batch is any
-number. The threshold and what it means are in the file's metadata. The file is compared with the
-model on random pixels before it gets its name; if the scores differ, nothing is written."""
+RUN is the run's folder (or its model.safetensors, or pretrained:NAME). Without --frame-size the
+file takes "images" (batch, channels, height, width) of the model's size and gives "scores"
+(batch,). With it, the file takes whole "frames" (batch, height, width), cuts them into patches
+itself, and gives "patch_scores" (batch, patches); a frame's score is their maximum, unless the run
+says otherwise. The batch is any number. The threshold and what it means are in the file's
+metadata. The file is compared with the model on random pixels before it gets its name; if the
+scores differ, nothing is written."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def export(arguments: Sequence[str]) -> None:
     """Parses the arguments, writes the file, says what it takes and gives."""
     parser = make_parser(NAME, DESCRIPTION, USAGE, ExportOptions)
-    parser.add_argument("run", help="folder of a run of fastalps-train, or a model.safetensors")
+    parser.add_argument(
+        "run", help="folder of a run of fastalps-train, a model.safetensors, or pretrained:NAME"
+    )
     parser.add_argument("--out", required=True, help="the file to write")
     namespace = parse(parser, arguments)
     options = pick(namespace, ExportOptions)

@@ -12,6 +12,7 @@ from typing import Any
 
 from fastalps.errors import UserError
 from fastalps.files import write_json, write_text
+from fastalps.pretrained import PREFIX, pretrained_path
 from fastalps.training.trainer import CHECKPOINT
 
 MODEL = "model.safetensors"
@@ -38,7 +39,10 @@ def check_resumable(folder: Path) -> None:
 
 
 def model_path(run: str | os.PathLike[str]) -> Path:
-    """The model of a run, given by its folder or by the file itself; UserError without one."""
+    """The model of a run, given by its folder, by the file itself or as `pretrained:NAME`;
+    UserError without one."""
+    if os.fspath(run).startswith(PREFIX):
+        return pretrained_path(os.fspath(run).removeprefix(PREFIX))
     folder = Path(run)
     if not folder.exists():
         raise UserError(f"there is no run {folder}; make one with fastalps-train")

@@ -40,7 +40,8 @@ USAGE = """fastalps-score RUN INPUT --out DIR [options]
 
 DESCRIPTION = """Scores new data with a run of fastalps-train.
 
-RUN is the run's folder (or its model.safetensors). INPUT is, for a run on images, a folder of
+RUN is the run's folder (or its model.safetensors), or pretrained:mnist-0 or
+pretrained:ucsd-ped2-motion (docs/pretrained.md). INPUT is, for a run on images, a folder of
 images (sub-folders too) or one image, resized to the model's size where they differ; for a run on
 video, a video file, a folder of frames, a camera (/dev/video0) or an address (rtsp://, http://), of
 any size from a patch up. Videos need PyAV: pip install 'fastalps[video]'. DIR gets scores.csv
@@ -59,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def score(arguments: Sequence[str]) -> None:
     """Parses the arguments, scores the input and writes the results."""
     parser = make_parser(NAME, DESCRIPTION, USAGE, ScoreOptions)
-    parser.add_argument("run", help="folder of a run of fastalps-train, or a model.safetensors")
+    parser.add_argument(
+        "run", help="folder of a run of fastalps-train, a model.safetensors, or pretrained:NAME"
+    )
     parser.add_argument("input", help="images, frames, a video, a camera or an address")
     parser.add_argument("--out", required=True, help="folder for the results")
     parser.add_argument(
