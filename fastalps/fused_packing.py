@@ -7,6 +7,7 @@ inputs) by outputs, cut into the fragments that one mma instruction multiplies b
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,9 +15,15 @@ from torch import Tensor, nn
 
 from fastalps.inference import fold_batch_norm
 from fastalps.models import ALPS, PRESETS, ModelConfig
+from fastalps.rounding import round_taps
 
 # Terms and outputs of a fragment: B of mma m16n8k16.
 TERMS, OUTPUTS = 16, 8
+
+# Taps that meet in an output pixel: of a convolution, and, by parity, of a transposed one of stride
+# 2 and padding 1.
+EVERY_TAP = [range(9)]
+PHASES = [(4,), (3, 5), (1, 7), (0, 2, 6, 8)]
 
 # The networks that the kernels are compiled for, at their numbers: `with_shape` of fused_index.h.
 SHAPES = [
@@ -76,7 +83,8 @@ def fragments(matrix: Tensor) -> Tensor:
 
 
 def pack_fused(model: ALPS) -> PackedWeights:
-    """Packs a model; batch norm is folded in float64, then weights round once to bf16.
+    """Packs a model; batch norm is folded in float64, then weights round once to bf16, those of
+    convolutions by `fastalps.rounding.round_taps`.
 
     Args:
         model: of a shape that `shape_number` knows; without a distorter, its place holds zeros.
@@ -96,12 +104,12 @@ def pack_fused(model: ALPS) -> PackedWeights:
     matrices: list[Tensor] = []
     biases: list[Tensor] = []
     # The kernels read pixels in gray levels, which bf16 holds exactly.
-    matrices.append(torch.cat([_terms(weight) for weight, _ in first], 1) / 255)
+    matrices.append(torch.cat([_terms(_rounded(weight / 255)) for weight, _ in first], 1))
     biases += [bias for _, bias in first]
     # The last layer's pixels are summed, not averaged.
     pixels = [1, 1, network.config.map_sizes()[4][0] * network.config.map_sizes()[4][1]]
     for layers, count in zip(pairs[1:], pixels, strict=True):
-        matrices += [_terms(weight) / count for weight, _ in layers]
+        matrices += [_terms(_rounded(weight / count)) for weight, _ in layers]
         biases += [bias for _, bias in layers]
     decoder = network.decoder
     start, cells = decoder.start[0], decoder.start[1] * decoder.start[2]
@@ -114,7 +122,8 @@ def pack_fused(model: ALPS) -> PackedWeights:
     biases.append(bias)
     transposed = [layer for layer in decoder.layers if isinstance(layer, nn.ConvTranspose2d)]
     for layer in transposed:
-        weight = layer.weight.transpose(0, 1)
+        phases = EVERY_TAP if layer.stride == (1, 1) else PHASES
+        weight = _rounded(layer.weight.transpose(0, 1), phases)
         # With stride 1 it is a convolution by the mirrored kernel.
         matrices.append(_terms(weight.flip(2, 3) if layer.stride == (1, 1) else weight))
         biases.append(_bias(layer))
@@ -132,6 +141,12 @@ def _convolutions(encoder: nn.Module) -> list[tuple[Tensor, Tensor]]:
 
 def _bias(layer: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
     return layer.weight.new_zeros(layer.out_channels) if layer.bias is None else layer.bias
+
+
+def _rounded(weight: Tensor, together: Sequence[Sequence[int]] = EVERY_TAP) -> Tensor:
+    """(out, in, 3, 3) -> the same, on the values of bf16."""
+    taps = round_taps(weight.flatten(2).permute(2, 0, 1), together)
+    return taps.permute(1, 2, 0).reshape(weight.shape)
 
 
 def _terms(weight: Tensor) -> Tensor:

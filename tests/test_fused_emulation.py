@@ -25,6 +25,7 @@ from fastalps.testing import SCORE_ERROR
 from tests import fused_emulator
 from tests.fused_emulator import Emulation
 from tests.test_engine import mean_square, neighbourhood_means
+from tests.test_quantization import carried_rounding
 
 NAMES = [f"{preset}-{size}" for preset, size in SHAPES]
 SMALL = SHAPES.index(("fast", 28))
@@ -101,7 +102,7 @@ class Reference:
         weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """A layer with its weights rounded; what it makes of values that are `off`."""
-        weight = rounded(layer.weight if weight is None else weight)
+        weight = layer.weight if weight is None else weight
 
         def apply(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
             if isinstance(layer, nn.Linear):
@@ -109,6 +110,12 @@ class Reference:
             if isinstance(layer, nn.Conv2d):
                 return F.conv2d(x, w, bias, 2, 1)
             return F.conv_transpose2d(x, w, bias, layer.stride, 1, layer.output_padding)
+
+        if isinstance(layer, nn.Linear):
+            weight = rounded(weight)
+        else:
+            ones = torch.ones_like(values[:1, :1])
+            weight = carried_rounding(weight, lambda w: apply(ones, w, None))
 
         squares = (SUM_ERROR * values).square()
         if off is not None:

@@ -21,6 +21,7 @@ from fastalps.engine.packing import Packed, Packer, fill
 from fastalps.inference import fold_batch_norm
 from fastalps.inputs import unit_pixels
 from fastalps.models import ALPS, Encoder
+from fastalps.rounding import round_taps
 
 # Channels of a pixel in a word of 32 bits.
 GROUPS = {"bf16": 2, "int8": 4}
@@ -260,24 +261,12 @@ def _results(axis: Axis) -> Iterator[list[tuple[list[int], int]]]:
 def _bf16_weights(filters: Tensor, classes: Iterable[tuple[int, ...]], doubled: bool) -> Tensor:
     """(F, out, in) float64 -> the same, on the values of bf16.
 
-    What rounding takes from a weight is given to the next one of the same channels among filters
-    that meet in a pixel: neighbouring pixels are alike, so errors that add up to nothing cancel.
-    The largest weight is first, so that what is left at the end is a rounding of the smallest.
-
     Args:
         classes: the sets of filters that a pixel meets.
         doubled: the last channel comes twice (`encode_pixels`): another one holds the rest of its
             weights.
     """
-    result = torch.empty_like(filters)
-    for members in _meeting(len(filters), classes):
-        part = filters[members]
-        order = part.abs().sort(stable=True, dim=0, descending=True).indices
-        rounded, carried = [], torch.zeros_like(part[0])
-        for weight in part.gather(0, order):
-            rounded.append((weight + carried).bfloat16().double())
-            carried = weight + carried - rounded[-1]
-        result[members] = torch.zeros_like(part).scatter(0, order, torch.stack(rounded))
+    result = round_taps(filters, _meeting(len(filters), classes))
     if not doubled:
         return result
     last = filters[:, :, -1:]
