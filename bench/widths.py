@@ -134,13 +134,14 @@ def _draw(rows: dict[str, dict[str, Any]], path: Path, title: str) -> None:
             for x, y, name in points:
                 if kind == "normal":
                     one.annotate(name, (x, y), (4, -9), textcoords="offset points", fontsize=6)
+        one.margins(x=0.12)
         what = "both scores" if passes == "both" else "the normal score alone"
         one.set(xscale="log", xlabel=f"MFLOP an image, {what}")
         one.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         one.xaxis.set_minor_locator(ticker.NullLocator())
         one.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axes[0].set_ylabel("AUROC of the normal score, %")
-    axes[0].legend(fontsize=7, loc="center right")
+    axes[0].legend(fontsize=7, loc="lower right")
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
