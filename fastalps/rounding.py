@@ -13,8 +13,8 @@ def round_taps(taps: Tensor, together: Iterable[Sequence[int]]) -> Tensor:
 
     Neighbouring pixels are alike, so errors that add up to nothing over the taps that meet in an
     output pixel cancel. The largest tap is first, so that what is left at the end is a rounding of
-    the smallest. Plain rounding to nearest has about twice the error in scores, see
-    docs/performance.md.
+    the smallest. Scores of plain rounding to nearest are off by more, up to twice as much on images
+    (docs/performance.md).
 
     Args:
         taps: (taps, ...) floating: a filter's places, of each pair of channels.

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 import fastalps
+from bench import pretrained as program
 from fastalps import metrics
 from fastalps.cli import score
 from fastalps.data import load_images
 from fastalps.errors import UserError
 from fastalps.pretrained import PRETRAINED, pretrained_path
+from tests.conftest import data_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-MNIST = ROOT.parent / "shared" / "data"
 CARD = (ROOT / "docs" / "pretrained.md").read_text(encoding="utf-8")
 
 
@@ -46,13 +47,20 @@ def test_unknown_name() -> None:
 
 def test_card_of_mnist() -> None:
     """The figures of the card are those of the file, on real data."""
-    if not (MNIST / "mnist").is_dir():
-        pytest.skip("MNIST is not there")
+    folder = data_folder("mnist")
     model = fastalps.load_pretrained("mnist-0")
-    data = load_images("mnist", MNIST, normal_class=0)
+    data = load_images("mnist", folder, normal_class=0)
     scores = fastalps.Scorer(model, model.calibration.score, "fp32").score_images(data.test)
     told = re.search(r"normal score \| ([\d.]+)", CARD)
     assert told and abs(100 * metrics.auroc(scores, data.test_labels) - float(told[1])) < 0.011
+
+
+def test_the_program_refuses_other_names(tmp_path, capsys) -> None:
+    assert set(program.MAKERS) == set(PRETRAINED)
+    assert program.main(["cats", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "no pretrained model 'cats'" in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_scores_in_place_of_a_run(tmp_path, capsys, rng) -> None:

@@ -70,27 +70,14 @@ def table(
         if method not in ("ocsvm", "iforest"):
             kinds.append("ours")
         for kind in kinds:
-            row, absent = _method_row(dataset, protocol, method, kind, classes, seeds, results)
-            lines.append(row)
+            found = _figures(dataset, protocol, method, kind, classes, seeds, results)
+            name = LABELS[method] + KINDS.get(kind, f", {kind.replace('_', ' ')} score")
+            spread = found.spread or "-"
+            lines.append(_row([name, *found.classes, found.mean, spread, str(found.seeds)]))
             if kind == "reported":
-                missing += absent
+                missing += found.missing
     lines += ["", f"Missing cells: {', '.join(missing) if missing else 'none'}."]
     return lines
-
-
-def _method_row(
-    dataset: str,
-    protocol: str,
-    method: str,
-    kind: str,
-    classes: Sequence[int],
-    seeds: Sequence[int],
-    results: Path,
-) -> tuple[str, list[str]]:
-    found = _figures(dataset, protocol, method, kind, classes, seeds, results)
-    name = LABELS[method] + KINDS.get(kind, f", {kind.replace('_', ' ')} score")
-    line = _row([name, *found.classes, found.mean, found.spread or "-", str(found.seeds)])
-    return line, found.missing
 
 
 @dataclass(frozen=True)
