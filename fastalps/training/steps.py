@@ -243,7 +243,9 @@ def _restore(steps: Steps, state: tuple[dict[str, Tensor], dict]) -> None:
             value.copy_(tensors[name])
         else:
             value.zero_()  # an optimiser state that the warm-up created
+    if not scaler:  # A disabled one has neither state nor tensors.
+        return
     scale, growth = steps.scaler._scale, steps.scaler._growth_tracker
-    if scaler and scale is not None and growth is not None:
+    if scale is not None and growth is not None:
         scale.fill_(scaler["scale"])
         growth.fill_(scaler["_growth_tracker"])
