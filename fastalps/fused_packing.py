@@ -108,8 +108,9 @@ def pack_fused(model: ALPS) -> PackedWeights:
     biases += [bias for _, bias in first]
     # The last layer's pixels are summed, not averaged.
     pixels = [1, 1, network.config.map_sizes()[4][0] * network.config.map_sizes()[4][1]]
-    for layers, count in zip(pairs[1:], pixels, strict=True):
-        matrices += [_terms(_rounded(weight / count)) for weight, _ in layers]
+    for number, (layers, count) in enumerate(zip(pairs[1:], pixels, strict=True)):
+        found = [_terms(_rounded(weight / count)) for weight, _ in layers]
+        matrices += [_joint(one, one.shape[1] // 16) for one in found] if number == 0 else found
         biases += [bias for _, bias in layers]
     decoder = network.decoder
     start, cells = decoder.start[0], decoder.start[1] * decoder.start[2]
@@ -125,10 +126,13 @@ def pack_fused(model: ALPS) -> PackedWeights:
         phases = EVERY_TAP if layer.stride == (1, 1) else PHASES
         weight = _rounded(layer.weight.transpose(0, 1), phases)
         # With stride 1 it is a convolution by the mirrored kernel.
-        matrices.append(_terms(weight.flip(2, 3) if layer.stride == (1, 1) else weight))
+        mirrored = layer.stride == (1, 1)
+        matrices.append(_row_terms(weight.flip(2, 3)) if mirrored else _terms(weight))
+        if layer is transposed[1]:
+            matrices[-1] = _joint(matrices[-1], 2 if layer.out_channels >= 64 else 1)
         biases.append(_bias(layer))
-    # The last layer has one output: its taps are the columns.
-    matrices[-1] = matrices[-1].unflatten(0, (9, -1)).squeeze(2).T
+    # The last layer has one output: its rows of taps are the columns.
+    matrices[-1] = matrices[-1].reshape(3, -1).T
     biases.append(torch.zeros(-biases[-1].numel() % OUTPUTS, dtype=torch.float64))
     weights = torch.cat([fragments(matrix) for matrix in matrices])
     return PackedWeights(weights.to(torch.bfloat16).contiguous(), torch.cat(biases).float())
@@ -147,6 +151,20 @@ def _rounded(weight: Tensor, together: Sequence[Sequence[int]] = EVERY_TAP) -> T
     """(out, in, 3, 3) -> the same, on the values of bf16."""
     taps = round_taps(weight.flatten(2).permute(2, 0, 1), together)
     return taps.permute(1, 2, 0).reshape(weight.shape)
+
+
+def _joint(matrix: Tensor, across: int) -> Tensor:
+    """Outputs in the order in which a lane's columns of `across` tiles are neighbouring channels:
+    see `joint_channel` of csrc/cuda/fused_index.h. Biases stay in the order of channels."""
+    # tile, quad, pair of tile 8 * across channels <- quad, tile, pair.
+    cut = matrix.unflatten(1, (-1, 4, across, 2))
+    return cut.transpose(2, 3).flatten(1)
+
+
+def _row_terms(weight: Tensor) -> Tensor:
+    """As `_terms`, but with each row's taps padded with zeros to whole fragments."""
+    rows = weight.permute(2, 3, 1, 0).flatten(1, 2)
+    return nn.functional.pad(rows, (0, 0, 0, -rows.shape[1] % TERMS)).flatten(0, 1)
 
 
 def _terms(weight: Tensor) -> Tensor:

@@ -375,15 +375,15 @@ def test_notices_a_wrong_tap(library, layer, rng):
 MUTATIONS = {
     # Means along rows are read before all of them are there.
     "fused_decoder.cuh": (
-        "  barrier();\n  float sum = 0.0f;\n  for (int pixel",
-        "\n  float sum = 0.0f;\n  for (int pixel",
+        "  }\n  barrier();\n  float sum = 0.0f;\n  for (int pixel",
+        "  }\n  float sum = 0.0f;\n  for (int pixel",
     ),
     # A transposed convolution whose odd rows take the tap of the next input from this one.
     "fused_index.h": ("return tap == 0 ? 1 : 0;", "return tap == 2 ? 1 : 0;"),
     # The second layer of E starts before the first is complete.
     "fused_encoder.cuh": (
-        "    barrier();\n\n    constexpr int kColumns = S::kSecond",
-        "\n\n    constexpr int kColumns = S::kSecond",
+        "    barrier();\n    constexpr int kTiles",
+        "    constexpr int kTiles",
     ),
 }
 

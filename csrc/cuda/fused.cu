@@ -3,6 +3,7 @@
 #include "fused.h"
 #include "fused_decoder.cuh"
 #include "fused_encoder.cuh"
+#include "fused_expand.cuh"
 
 namespace fastalps::cuda {
 namespace {
@@ -15,11 +16,18 @@ __device__ __forceinline__ unsigned char* shared_bytes() {
   return reinterpret_cast<unsigned char*>(fused_memory);
 }
 
-// Blocks that a multiprocessor has to hold: what its 228 KiB of shared memory leave room for
-// (compute capability 9.0 and 10.0; each block takes 1 KiB more than it asks for), at most three.
-// Not told, ptxas trims registers to reach the next step of occupancy, and spills to get there.
+// Shared memory of a multiprocessor: of compute capability 8.0, or of 9.0 and 10.0.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kSharedInAll = 164 * 1024;
+#else
+constexpr int kSharedInAll = 228 * 1024;
+#endif
+
+// Blocks that a multiprocessor has to hold: what its shared memory leaves room for (each takes 1
+// KiB more than it asks for), at most three. Not told, ptxas trims registers to reach the next step
+// of occupancy, and spills to get there.
 template <class S>
-constexpr int kResident = std::max(1, std::min(3, 228 * 1024 / (S::kSharedBytes + 1024)));
+constexpr int kResident = std::max(1, std::min(3, kSharedInAll / (S::kSharedBytes + 1024)));
 
 template <class S>
 __global__ void __launch_bounds__(kBlock, kResident<S>)
@@ -58,6 +66,7 @@ struct Stage {
   int shared;
   int64_t weights_at, bias_at;
   int resident = 0;
+  bool dependent = false;  // Whether the device has programmatic dependent launches.
 
   // More than 48 KiB of shared memory has to be asked for. Neither call is of a stream, so a graph
   // may be captured meanwhile.
@@ -68,15 +77,28 @@ struct Stage {
     int per_multiprocessor = 0;
     status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kBlock,
                                                            static_cast<size_t>(shared));
+    if (status != cudaSuccess) return status;
     resident = std::max(1, per_multiprocessor) * multiprocessors();
-    return status;
+    dependent = device_attribute<cudaDevAttrComputeCapabilityMajor>() >= 9;
+    return cudaSuccess;
   }
 
   cudaError_t launch(const Work& work, int64_t blocks, cudaStream_t stream) const {
-    const unsigned grid = static_cast<unsigned>(std::min<int64_t>(blocks, resident));
-    kernel<<<grid, kBlock, static_cast<size_t>(shared), stream>>>(
-        work, work.weights + weights_at * kLanes, work.biases + bias_at);
-    return cudaGetLastError();
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(blocks, resident)));
+    config.blockDim = dim3(kBlock);
+    config.dynamicSmemBytes = static_cast<size_t>(shared);
+    config.stream = stream;
+    // See `await_previous`.
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &early;
+#if defined(FASTALPS_DEPENDENT)
+    config.numAttrs = dependent ? 1 : 0;
+#endif
+    return cudaLaunchKernelEx(&config, kernel, work, work.weights + weights_at * kLanes,
+                              work.biases + bias_at);
   }
 };
 

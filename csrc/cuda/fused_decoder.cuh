@@ -1,245 +1,308 @@
-// The second half of kernel M, and D: from latents to errors. A row is one decoder pass of a patch.
+// Kernel D: the decoder's last four layers, sigmoid and error. A row is one decoder pass of a
+// patch.
 #pragma once
 
 #include "fused_layers.cuh"
 
 namespace fastalps::cuda::fused {
 
-// The dense layer: 16 rows by all outputs, into the start map (pixel, row, channel).
-template <class S>
-FASTALPS_DEVICE void dense(const Lane& lane, const unsigned char* latents, unsigned char* start,
-                           const uint2* weights, const float* biases, float slope) {
-  constexpr int kColumns = S::kDense / kTileColumns;
-  constexpr int kAcross = S::kDenseAcross;
-  for (int first_column = lane.warp * kAcross; first_column < kColumns;
-       first_column += kWarps * kAcross) {
-    float sums[1][kAcross][4];
-    clear(sums);
-#pragma unroll 1
-    for (int step = 0; step < S::kLatent / kTileTerms; ++step) {
-      const Operand a = load_operand(latents + S::LatentMap::chunk(lane.row, 2 * step + lane.half));
-#pragma unroll
-      for (int across = 0; across < kAcross; ++across) {
-        multiply_add(
-            sums[0][across], a,
-            read_only(weights + (step * kColumns + first_column + across) * kLanes + lane.index));
-      }
-    }
+// A lane's two results of each column's biases, which its sums begin with.
+template <int kAcross>
+struct Biases {
+  float pair[kAcross][2];
+
+  FASTALPS_DEVICE Biases(const Lane& lane, const float* biases, int first_column) {
 #pragma unroll
     for (int across = 0; across < kAcross; ++across) {
-      const int output = (first_column + across) * kTileColumns + 2 * lane.quad;
-      const int pixel = output / S::kStart, channel = output % S::kStart;
-#pragma unroll
-      for (int lower = 0; lower < 2; ++lower) {
-        const float* const found = sums[0][across] + 2 * lower;
-        put(start + S::StartMap::channel(pixel * kTileRows + lane.group + 8 * lower, channel),
-            finish_pair(found[0], found[1], biases, output, slope));
-      }
+      const int channel = (first_column + across) * kTileColumns + 2 * lane.quad;
+      pair[across][0] = read_only(biases + channel);
+      pair[across][1] = read_only(biases + channel + 1);
     }
+  }
+};
+
+template <int kAcross>
+FASTALPS_DEVICE void start_sums(float (&sums)[kAcross][4], const Biases<kAcross>& biases) {
+#pragma unroll
+  for (int across = 0; across < kAcross; ++across) {
+#pragma unroll
+    for (int part = 0; part < 4; ++part) sums[across][part] = biases.pair[across][part % 2];
   }
 }
 
-// The first transposed convolution, 2x2 to 4x4: a warp holds the sums of all 16 results, so that
-// each weight is read once, and does the 25 products of 36 that do not fall on the border.
+// One row's results of a tile, from its columns on: `place` is a pixel of the map's first plane.
+template <class Out, int kAcross>
+FASTALPS_DEVICE void put_row(const Lane& lane, unsigned char* place, int lower, float slope,
+                             bool inside, const float (&sums)[kAcross][4]) {
+#pragma unroll
+  for (int across = 0; across < kAcross; ++across) {
+    const float* const found = sums[across] + 2 * lower;
+    const uint32_t pair = leaky_pair(found[0], found[1], slope);
+    put(place + Out::chunk(across, 0) + 4 * lane.quad, inside ? pair : 0);
+  }
+}
+
+// The next row's map, plane by plane, and the cells of zeros behind it; see `await_copies`.
 template <class S>
-FASTALPS_DEVICE void expand_first(const Lane& lane, const unsigned char* start,
-                                  unsigned char* output, const uint2* weights, const float* biases,
-                                  float slope) {
-  constexpr int kColumns = S::kFirst / kTileColumns;
-  constexpr int kSteps = S::kStart / kTileTerms;
-  constexpr int kCells = S::kHalf * S::kHalf;
-  const int first_column = lane.warp * S::kFirstAcross;
-  float sums[kCells][S::kFirstAcross][4];
-  clear(sums);
+FASTALPS_DEVICE void fetch_input(const Work& work, int row, unsigned char* input) {
+  constexpr int kChunks = S::kInputs / kChunkChannels;
+  const unsigned char* const source = work.maps + static_cast<int64_t>(row) * (S::kInputValues * 2);
+  for (int item = thread_index(); item < S::kInputPixels * kChunks; item += kBlock) {
+    copy_async(input + S::InputMap::chunk(item % kChunks, item / kChunks),
+               source + item * kChunkBytes);
+  }
+  if (thread_index() < 8 * kChunks) {
+    const int cell = S::kInputPixels + thread_index() % 8;
+    *reinterpret_cast<uint4*>(input + S::InputMap::chunk(thread_index() / 8, cell)) = uint4{};
+  }
+}
+
+// The zeros to the right of the third layer's map and below it.
+template <class S>
+FASTALPS_DEVICE void border_third(unsigned char* map) {
+  constexpr int kCells = 2 * S::kHalf + 1;
+  for (int item = thread_index(); item < kCells * (S::kThird / kChunkChannels); item += kBlock) {
+    const int cell = item % kCells;
+    const int pixel = cell < S::kHalf ? cell * S::kHalfPitch + S::kHalf
+                                      : S::kHalf * S::kHalfPitch + cell - S::kHalf;
+    *reinterpret_cast<uint4*>(map + S::ThirdMap::chunk(item / kCells, pixel)) = uint4{};
+  }
+}
+
+// The zeros around the fourth layer's.
+template <class S>
+FASTALPS_DEVICE void border_fourth(unsigned char* map) {
+  constexpr int kSide = S::kSize + 2, kCells = 4 * S::kSize + 4;
+  for (int item = thread_index(); item < kCells * (S::kFourth / kChunkChannels); item += kBlock) {
+    const int cell = item % kCells;
+    int row = cell < kSide ? 0 : kSide - 1, column = cell < kSide ? cell : cell - kSide;
+    if (cell >= 2 * kSide) {
+      row = 1 + (cell - 2 * kSide) / 2;
+      column = (cell - 2 * kSide) % 2 * (kSide - 1);
+    }
+    const int pixel = row * S::kPitch + column + 1;
+    *reinterpret_cast<uint4*>(map + S::FourthMap::chunk(item / kCells, pixel)) = uint4{};
+  }
+}
+
+// The products of one tap of a transposed convolution of stride 2 (see `tap_phase`): the four
+// inputs at and after each anchor, a[2 * y + x], give its four phases of outputs, sums[2 * y + x].
+template <int kAcross>
+FASTALPS_DEVICE void multiply_tap(int tap, int across, const Operand (&a)[4], uint2 b,
+                                  float (&sums)[4][kAcross][4]) {
+  const int phase = 2 * tap_phase(tap / 3) + tap_phase(tap % 3);
+  const int neighbour = 2 * tap_neighbour(tap / 3) + tap_neighbour(tap % 3);
+  multiply_add(sums[phase][across], a[neighbour], b);
+}
+
+// The third layer: a tile of 16 anchors, kThirdAcross columns.
+template <class S>
+FASTALPS_DEVICE void third_tile(const Lane& lane, const unsigned char* input, const uint2* weights,
+                                const float* biases, float slope, int tile, int first_column,
+                                unsigned char* output) {
+  using In = typename S::InputMap;
+  using Out = typename S::ThirdMap;
+  constexpr int kAcross = S::kThirdAcross, kColumns = S::kThird / kTileColumns;
+  constexpr int kSteps = S::kInputs / kTileTerms;
+  const int anchor = tile * kTileRows + lane.row;
+  // A row's last anchor has no neighbour to the right: zeros, from the banks where it would be.
+  const bool last = anchor % S::kQuarter == S::kQuarter - 1;
+  const unsigned char* at[4];
+#pragma unroll
+  for (int neighbour = 0; neighbour < 4; ++neighbour) {
+    int pixel = anchor + neighbour / 2 * S::kQuarter + neighbour % 2;
+    if (neighbour % 2 == 1 && last) pixel = S::kInputPixels + (pixel - S::kInputPixels & 7);
+    at[neighbour] = input + In::chunk(lane.half, pixel);
+  }
+  const Biases<kAcross> bias(lane, biases, first_column);
+  float sums[4][kAcross][4];
+#pragma unroll
+  for (int phase = 0; phase < 4; ++phase) start_sums(sums[phase], bias);
 #pragma unroll 1
   for (int step = 0; step < kSteps; ++step) {
     Operand a[4];
 #pragma unroll
-    for (int pixel = 0; pixel < 4; ++pixel) {
-      a[pixel] = load_operand(
-          start + S::StartMap::chunk(pixel * kTileRows + lane.row, 2 * step + lane.half));
+    for (int neighbour = 0; neighbour < 4; ++neighbour) {
+      a[neighbour] = load_operand(at[neighbour] + In::chunk(2 * step, 0));
     }
+    const uint2* const first = weights + (step * kColumns + first_column) * kLanes + lane.index;
 #pragma unroll
     for (int tap = 0; tap < 9; ++tap) {
 #pragma unroll
-      for (int across = 0; across < S::kFirstAcross; ++across) {
-        const uint2 b = read_only(
-            weights + ((tap * kSteps + step) * kColumns + first_column + across) * kLanes +
-            lane.index);
-#pragma unroll
-        for (int pixel = 0; pixel < 4; ++pixel) {
-          const int row = 2 * (pixel / 2) - 1 + tap / 3, column = 2 * (pixel % 2) - 1 + tap % 3;
-          if (row < 0 || column < 0 || row >= S::kHalf || column >= S::kHalf) continue;
-          multiply_add(sums[row * S::kHalf + column][across], a[pixel], b);
-        }
+      for (int across = 0; across < kAcross; ++across) {
+        const uint2 b = first[(tap * kSteps * kColumns + across) * kLanes];
+        multiply_tap(tap, across, a, b, sums);
       }
     }
   }
 #pragma unroll
-  for (int cell = 0; cell < kCells; ++cell) {
+  for (int lower = 0; lower < 2; ++lower) {
+    const int mine = tile * kTileRows + lane.group + 8 * lower;
+    if (mine >= S::kInputPixels) continue;
+    const int row = 2 * (mine / S::kQuarter), column = 2 * (mine % S::kQuarter);
 #pragma unroll
-    for (int across = 0; across < S::kFirstAcross; ++across) {
-      const int channel = (first_column + across) * kTileColumns + 2 * lane.quad;
-#pragma unroll
-      for (int lower = 0; lower < 2; ++lower) {
-        const float* const found = sums[cell][across] + 2 * lower;
-        put(output + S::FirstMap::channel(cell * kTileRows + lane.group + 8 * lower, channel),
-            finish_pair(found[0], found[1], biases, channel, slope));
-      }
+    for (int phase = 0; phase < 4; ++phase) {
+      const int y = row + phase / 2, x = column + phase % 2;
+      if (y >= S::kHalf || x >= S::kHalf) continue;
+      put_row<Out>(lane, output + Out::chunk(first_column, y * S::kHalfPitch + x), lower, slope,
+                   true, sums[phase]);
     }
   }
 }
 
-// The second, 4x4 to 8x8 (or 7x7): a warp holds the two rows of results of one row of anchors.
+// The fourth layer: two rows of anchors, a tile each, which share weights and the row between.
 template <class S>
-FASTALPS_DEVICE void expand_second(const Lane& lane, const unsigned char* input,
-                                   const uint2* weights, const float* biases, float slope,
-                                   int first_column, int anchor_row, unsigned char* output,
-                                   int rows) {
-  constexpr int kColumns = S::kSecond / kTileColumns;
-  constexpr int kAcross = S::kSecondAcross;
-  constexpr int kSteps = S::kFirst / kTileTerms;
-  const bool below = anchor_row + 1 < S::kHalf;
-  float sums[2 * S::kSide][kAcross][4];
-  clear(sums);
+FASTALPS_DEVICE void fourth_rows(const Lane& lane, const unsigned char* map, const uint2* weights,
+                                 const float* biases, float slope, int first_row,
+                                 unsigned char* output) {
+  using In = typename S::ThirdMap;
+  using Out = typename S::FourthMap;
+  constexpr int kAcross = S::kFourthAcross;
+  constexpr int kSteps = S::kThird / kTileTerms;
+  const unsigned char* const corner =
+      map + In::chunk(lane.half, first_row * S::kHalfPitch + lane.row);
+  const Biases<kAcross> bias(lane, biases, 0);
+  float sums[2][4][kAcross][4];
+#pragma unroll
+  for (int phase = 0; phase < 8; ++phase) start_sums(sums[phase / 4][phase % 4], bias);
 #pragma unroll 1
   for (int step = 0; step < kSteps; ++step) {
+    Operand a[3][2];
 #pragma unroll
-    for (int neighbour = 0; neighbour < 2; ++neighbour) {
-      if (neighbour == 1 && !below) continue;
-      Operand a[S::kHalf];
+    for (int cell = 0; cell < 6; ++cell) {
+      a[cell / 2][cell % 2] =
+          load_operand(corner + In::chunk(2 * step, cell / 2 * S::kHalfPitch + cell % 2));
+    }
+    const uint2* const first = weights + step * kAcross * kLanes + lane.index;
 #pragma unroll
-      for (int pixel = 0; pixel < S::kHalf; ++pixel) {
-        const int cell = (anchor_row + neighbour) * S::kHalf + pixel;
-        a[pixel] = load_operand(
-            input + S::FirstMap::chunk(cell * kTileRows + lane.row, 2 * step + lane.half));
-      }
+    for (int tap = 0; tap < 9; ++tap) {
+      const int phase = 2 * tap_phase(tap / 3) + tap_phase(tap % 3);
 #pragma unroll
-      for (int tap = 0; tap < 9; ++tap) {
-        if (tap_neighbour(tap / 3) != neighbour) continue;
+      for (int across = 0; across < kAcross; ++across) {
+        const uint2 b = first[(tap * kSteps * kAcross + across) * kLanes];
 #pragma unroll
-        for (int across = 0; across < kAcross; ++across) {
-          const uint2 b = read_only(
-              weights + ((tap * kSteps + step) * kColumns + first_column + across) * kLanes +
-              lane.index);
-#pragma unroll
-          for (int pixel = 0; pixel < S::kHalf; ++pixel) {
-            const int column = 2 * pixel - 1 + tap % 3;
-            if (column < 0 || column >= S::kSide) continue;
-            multiply_add(sums[tap_phase(tap / 3) * S::kSide + column][across], a[pixel], b);
-          }
+        for (int down = 0; down < 2; ++down) {
+          multiply_add(sums[down][phase][across],
+                       a[down + tap_neighbour(tap / 3)][tap_neighbour(tap % 3)], b);
         }
       }
     }
   }
 #pragma unroll
-  for (int cell = 0; cell < 2 * S::kSide; ++cell) {
-    const int row = 2 * anchor_row + cell / S::kSide, column = cell % S::kSide;
-    if (row >= S::kSide) continue;
+  for (int down = 0; down < 2; ++down) {
 #pragma unroll
-    for (int across = 0; across < kAcross; ++across) {
-      const int channel = (first_column + across) * kTileColumns + 2 * lane.quad;
+    for (int phase = 0; phase < 4; ++phase) {
+      const int y = 2 * (first_row + down) + phase / 2;
+      if (y >= S::kSize) continue;
 #pragma unroll
       for (int lower = 0; lower < 2; ++lower) {
-        const int pass = lane.group + 8 * lower;
-        if (pass >= rows) continue;
-        const float* const found = sums[cell][across] + 2 * lower;
-        put(output + static_cast<int64_t>(pass) * S::kOutputs * 2 +
-                ((row * S::kSide + column) * S::kSecond + channel) * 2,
-            finish_pair(found[0], found[1], biases, channel, slope));
+        const int x = 2 * (lane.group + 8 * lower) + phase % 2;
+        if (x >= S::kSize) continue;
+        put_row<Out>(lane, output + Out::chunk(0, (y + 1) * S::kPitch + x + 2), lower, slope, true,
+                     sums[down][phase]);
       }
     }
   }
 }
 
-// Second half of kernel M: 16 rows a block, weights streamed from L2.
-template <class S>
-FASTALPS_DEVICE void expand(const Work& work, const uint2* weights, const float* biases,
-                            unsigned char* shared) {
-  using Latent = typename S::LatentMap;
-  const Lane lane(thread_index());
-  unsigned char* const start = shared + S::kStartAt;
-  unsigned char* const map = shared + S::kFirstAt;
-  const int rows = patches_of(work) * work.passes;
-  for (int first = block_index() * kTileRows; first < rows; first += block_count() * kTileRows) {
-    for (int item = thread_index(); item < kTileRows * Latent::kChunks; item += kBlock) {
-      const int row = item / Latent::kChunks, chunk = item % Latent::kChunks;
-      uint4 values{};
-      if (first + row < rows) {
-        values = read_only(reinterpret_cast<const uint4*>(work.latents) +
-                           static_cast<int64_t>(first + row) * Latent::kChunks + chunk);
-      }
-      *reinterpret_cast<uint4*>(shared + Latent::chunk(row, chunk)) = values;
-    }
-    barrier();
-    dense<S>(lane, shared, start, weights, biases, work.slope);
-    barrier();
-    expand_first<S>(lane, start, map, weights + S::kDenseFragments * kLanes, biases + S::kDense,
-                    work.slope);
-    barrier();
-    constexpr int kGroups = S::kSecond / kTileColumns / S::kSecondAcross;
-    for (int item = lane.warp; item < kGroups * S::kHalf; item += kWarps) {
-      expand_second<S>(lane, map, weights + (S::kDenseFragments + S::kFirstFragments) * kLanes,
-                       biases + S::kDense + S::kFirst, work.slope,
-                       item % kGroups * S::kSecondAcross, item / kGroups,
-                       work.maps + static_cast<int64_t>(first) * S::kOutputs * 2, rows - first);
-    }
-    // The latents are read only before the second barrier, so the next ones may overwrite them.
-  }
+// Where a lane's terms of a step of a layer of stride 1 begin: the taps of a row, left to right,
+// and within a tap its planes. Behind the last tap weights are zeros; it is read once more.
+template <class In, int kInputs>
+FASTALPS_DEVICE int row_terms(const Lane& lane, int step) {
+  constexpr int kChunks = kInputs / kChunkChannels;
+  const int chunk = 2 * step + lane.half;
+  const int tap = chunk / kChunks < 3 ? chunk / kChunks : 2;
+  return In::chunk(chunk % kChunks, tap);
 }
 
-// The last layer's products of every pixel with each tap: one product of matrices, where a
-// convolution for one output would read each input nine times and use one column of eight.
+// The fifth layer, of stride 1: a strip of kStripRows tiles, one below the other, so that an
+// operand serves the three rows of results around it.
 template <class S>
-FASTALPS_DEVICE void tap_products(const Lane& lane, const unsigned char* map,
-                                  const unsigned char* zero, const uint2* weights,
-                                  float* products) {
-  using Fifth = typename S::FifthMap;
-  constexpr int kPixels = S::kSize * S::kSize;
-  constexpr int kColumns = divide_up(S::kTaps, kTileColumns);
-  constexpr int kSteps = divide_up(S::kFifth, kTileTerms);
-  for (int tile = lane.warp; tile * kTileRows < kPixels; tile += kWarps) {
-    const int mine = tile * kTileRows + lane.row;
-    float sums[1][kColumns][4];
-    clear(sums);
+FASTALPS_DEVICE void fifth_strip(const Lane& lane, const unsigned char* map, const uint2* weights,
+                                 const float* biases, float slope, int first_row, int side,
+                                 unsigned char* output) {
+  using In = typename S::FourthMap;
+  using Out = typename S::FifthMap;
+  constexpr int kAcross = S::kFifthAcross, kRows = S::kStripRows;
+  const int first_column = side * kTileRows;
+  const Biases<kAcross> bias(lane, biases, 0);
+  float sums[kRows][kAcross][4];
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int chunk = 2 * step + lane.half;
-      const bool inside = mine < kPixels && chunk < Fifth::kChunks;
-      const Operand a = load_tap(map, zero, Fifth::chunk(mine, chunk), inside);
+  for (int row = 0; row < kRows; ++row) start_sums(sums[row], bias);
 #pragma unroll
-      for (int column = 0; column < kColumns; ++column) {
-        multiply_add(sums[0][column], a, weights[(step * kColumns + column) * kLanes + lane.index]);
-      }
+  for (int step = 0; step < S::kFifthSteps; ++step) {
+    const unsigned char* const left =
+        map + In::chunk(0, first_column + lane.row) + row_terms<In, S::kFourth>(lane, step);
+    Operand a[kRows + 2];
+#pragma unroll
+    for (int row = 0; row < kRows + 2; ++row) {
+      // Below the map there is nothing to read; those results are not stored.
+      const int mine = first_row + row < S::kSize + 1 ? first_row + row : S::kSize + 1;
+      a[row] = load_operand(left + In::chunk(0, mine * S::kPitch));
     }
 #pragma unroll
-    for (int column = 0; column < kColumns; ++column) {
+    for (int tap_row = 0; tap_row < 3; ++tap_row) {
 #pragma unroll
-      for (int part = 0; part < 4; ++part) {
-        const int tap = column * kTileColumns + 2 * lane.quad + part % 2;
-        const int pixel = tile * kTileRows + lane.group + 8 * (part / 2);
-        if (tap < S::kTaps && pixel < kPixels) {
-          products[tap * S::kPlane + pixel] = sums[0][column][part];
-        }
+      for (int across = 0; across < kAcross; ++across) {
+        const int fragment = (tap_row * S::kFifthSteps + step) * kAcross + across;
+        const uint2 b = weights[fragment * kLanes + lane.index];
+#pragma unroll
+        for (int row = 0; row < kRows; ++row) multiply_add(sums[row][across], a[row + tap_row], b);
       }
+    }
+  }
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    if (first_row + row >= S::kSize) continue;
+#pragma unroll
+    for (int lower = 0; lower < 2; ++lower) {
+      // Columns count from the border; what is outside has to be zero for the last layer.
+      const int column = first_column + lane.group + 8 * lower;
+      const bool inside = column > 0 && column <= S::kSize;
+      put_row<Out>(lane, output + Out::chunk(0, (first_row + row) * S::kPitch + column + 1), lower,
+                   slope, inside, sums[row]);
     }
   }
 }
 
-// What a pixel's reconstruction is off: its logit is the sum of its neighbours' products.
+// The last layer's products: of each pixel, for each of the three rows of taps, the sum over the
+// taps of that row. Its one output is the sum of three of them, from three rows.
 template <class S>
-FASTALPS_DEVICE float residual(const Work& work, const Patch& patch, const float* products,
-                               float bias, int pixel) {
-  const int row = pixel / S::kSize, column = pixel - row * S::kSize;
-  float logit = bias;
+FASTALPS_DEVICE void last_products(const Lane& lane, const unsigned char* map, const uint2* weights,
+                                   float* products) {
+  using In = typename S::FifthMap;
+  uint2 b[S::kLastSteps];
+  int terms[S::kLastSteps];
 #pragma unroll
-  for (int tap = 0; tap < S::kTaps; ++tap) {
-    const int y = row + tap / 3 - 1, x = column + tap % 3 - 1;
-    if (y < 0 || y >= S::kSize || x < 0 || x >= S::kSize) continue;
-    logit += products[tap * S::kPlane + y * S::kSize + x];
+  for (int step = 0; step < S::kLastSteps; ++step) {
+    b[step] = weights[step * kLanes + lane.index];
+    terms[step] = row_terms<In, S::kFifth>(lane, step);
   }
-  const float reconstruction = 1.0f / (1.0f + exponential(-logit));
-  return reconstruction - unit_pixel(work.source, patch, row, column);
+  for (int first = lane.warp * kTileRows; first < S::kSize * S::kPitch;
+       first += kWarps * kTileRows) {
+    float sums[4] = {};
+#pragma unroll
+    for (int step = 0; step < S::kLastSteps; ++step) {
+      const Operand a = load_operand(map + In::chunk(0, first + lane.row) + terms[step]);
+      multiply_add(sums, a, b[step]);
+    }
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+      const int tap_row = 2 * lane.quad + part % 2;
+      if (tap_row < 3) {
+        products[tap_row * S::kPlane + first + lane.group + 8 * (part / 2)] = sums[part];
+      }
+    }
+  }
+}
+
+// What a pixel's reconstruction is off; `cell` is its place in a plane of products.
+template <class S>
+FASTALPS_DEVICE float residual(const float* products, float bias, float target, int row, int cell) {
+  float logit = bias + products[S::kPlane + cell];
+  if (row > 0) logit += products[cell - S::kPitch];
+  if (row < S::kSize - 1) logit += products[2 * S::kPlane + cell + S::kPitch];
+  return 1.0f / (1.0f + exponential(-logit)) - target;
 }
 
 // The mean along an axis of the values up to `reach` from the `place`th, as far as there are any.
@@ -253,15 +316,11 @@ FASTALPS_DEVICE float neighbourhood(const float* value, int step, int place, int
 }
 
 // This thread's share of the squared means of the residuals' neighbourhoods. `planes`: of shared
-// memory, two floats a pixel.
+// memory, the residuals and as many floats more.
 template <class S>
-FASTALPS_DEVICE float smoothed_squares(const Work& work, const Patch& patch, const float* products,
-                                       float bias, float* planes) {
+FASTALPS_DEVICE float smoothed_squares(const Work& work, float* planes) {
   constexpr int kPixels = S::kSize * S::kSize;
   float* const means = planes + kPixels;
-  for (int pixel = thread_index(); pixel < kPixels; pixel += kBlock) {
-    planes[pixel] = residual<S>(work, patch, products, bias, pixel);
-  }
   barrier();
   for (int pixel = thread_index(); pixel < kPixels; pixel += kBlock) {
     means[pixel] = neighbourhood<S>(planes + pixel, 1, pixel % S::kSize, work.reach);
@@ -275,15 +334,16 @@ FASTALPS_DEVICE float smoothed_squares(const Work& work, const Patch& patch, con
   return sum;
 }
 
-// Kernel D: each block holds all weights and takes rows in turn; the reconstruction stays in
-// registers.
+// Each block holds all weights and takes rows in turn; the reconstruction stays in registers.
 template <class S>
 FASTALPS_DEVICE void decode(const Work& work, const uint2* weights, const float* biases,
                             unsigned char* shared) {
+  constexpr int kCells = S::kSize * S::kPitch, kMine = divide_up(kCells, kBlock);
   const Lane lane(thread_index());
   unsigned char* const even = shared + S::kEvenAt;
   unsigned char* const odd = shared + S::kOddAt;
-  unsigned char* const zero = shared + S::kZeroAt;
+  unsigned char* const input = shared + S::kInputAt;
+  float* const products = reinterpret_cast<float*>(even);
   float* const warp_sums = reinterpret_cast<float*>(shared + S::kSumsAt);
   const uint2* const third = reinterpret_cast<const uint2*>(shared);
   const uint2* const fourth = third + S::kThirdFragments * kLanes;
@@ -292,91 +352,69 @@ FASTALPS_DEVICE void decode(const Work& work, const uint2* weights, const float*
   const float* const fourth_bias = biases + S::kThird;
   const float* const fifth_bias = fourth_bias + S::kFourth;
   const float last_bias = read_only(fifth_bias + S::kFifth);
+  copy_chunks(shared, weights, S::kEvenAt);
+  allow_next();
+  await_previous();
   const int rows = patches_of(work) * work.passes;
   if (block_index() >= rows) return;
-  copy_chunks(shared, weights, S::kEvenAt);
-  if (thread_index() < kBankBytes) zero[thread_index()] = 0;
+  fetch_input<S>(work, block_index(), input);
+  await_copies();
+  barrier();
 
   for (int row = block_index(); row < rows; row += block_count()) {
-    using Input = typename S::InputMap;
-    const uint4* const source = reinterpret_cast<const uint4*>(work.maps) +
-                                static_cast<int64_t>(row) * (S::kInputBytes / kChunkBytes);
-    for (int item = thread_index(); item < S::kInputBytes / kChunkBytes; item += kBlock) {
-      *reinterpret_cast<uint4*>(even + Input::chunk(item / Input::kChunks, item % Input::kChunks)) =
-          read_only(source + item);
+    constexpr int kGroups = S::kThird / kTileColumns / S::kThirdAcross;
+    constexpr int kThirdItems = divide_up(S::kInputPixels, kTileRows) * kGroups;
+    border_third<S>(odd);
+    for (int item = lane.warp; item < kThirdItems; item += kWarps) {
+      third_tile<S>(lane, input, third, biases, work.slope, item / kGroups,
+                    item % kGroups * S::kThirdAcross, odd);
     }
     barrier();
-
-    constexpr int kThirdGroups = S::kThird / kTileColumns / S::kThirdAcross;
-    constexpr int kThirdTiles = divide_up(S::kQuarter * S::kQuarter, kTileRows);
-    for (int item = lane.warp; item < kThirdTiles * kThirdGroups; item += kWarps) {
-      const int first_column = item % kThirdGroups * S::kThirdAcross;
-      const int first_pixel = item / kThirdGroups * kTileRows;
-      float sums[4][S::kThirdAcross][4];
-      transpose<Input, S::kQuarter, S::kInputs>(lane, even, zero, third + first_column * kLanes,
-                                                S::kThird / kTileColumns, first_pixel, sums);
-      put_phases<typename S::ThirdMap, S::kQuarter, S::kHalf>(lane, odd, biases, work.slope,
-                                                              first_pixel, first_column, sums);
+    border_fourth<S>(even);
+    for (int first = 2 * lane.warp; first < S::kHalf; first += 2 * kWarps) {
+      fourth_rows<S>(lane, odd, fourth, fourth_bias, work.slope, first, even);
     }
     barrier();
-
-    constexpr int kFourthTiles = divide_up(S::kHalf * S::kHalf, kTileRows);
-    for (int tile = lane.warp; tile < kFourthTiles; tile += kWarps) {
-      float sums[4][S::kFourthAcross][4];
-      transpose<typename S::ThirdMap, S::kHalf, S::kThird>(
-          lane, odd, zero, fourth, S::kFourth / kTileColumns, tile * kTileRows, sums);
-      put_phases<typename S::FourthMap, S::kHalf, S::kSize>(lane, even, fourth_bias, work.slope,
-                                                            tile * kTileRows, 0, sums);
+    for (int item = lane.warp; item < 2 * divide_up(S::kSize, S::kStripRows); item += kWarps) {
+      fifth_strip<S>(lane, even, fifth, fifth_bias, work.slope, item / 2 * S::kStripRows, item % 2,
+                     odd);
     }
-    barrier();
-
-    constexpr int kPixels = S::kSize * S::kSize;
-    constexpr int kGroupPixels = S::kTilesDown * kTileRows;
-    for (int first = lane.warp * kGroupPixels; first < kPixels; first += kWarps * kGroupPixels) {
-      float sums[S::kTilesDown][S::kFifthAcross][4];
-      convolve<typename S::FourthMap, S::kSize, S::kSize, 1, S::kFourth>(
-          lane, even, 0, zero, fifth, S::kFifth / kTileColumns, first, sums);
-#pragma unroll
-      for (int down = 0; down < S::kTilesDown; ++down) {
-#pragma unroll
-        for (int lower = 0; lower < 2; ++lower) {
-          const int pixel = first + down * kTileRows + lane.group + 8 * lower;
-          if (pixel >= kPixels) continue;
-#pragma unroll
-          for (int across = 0; across < S::kFifthAcross; ++across) {
-            const int channel = across * kTileColumns + 2 * lane.quad;
-            const float* const found = sums[down][across] + 2 * lower;
-            put(odd + S::FifthMap::channel(pixel, channel),
-                finish_pair(found[0], found[1], fifth_bias, channel, work.slope));
-          }
-        }
-      }
-    }
-    barrier();
-
-    float* const products = reinterpret_cast<float*>(even);
-    tap_products<S>(lane, odd, zero, last, products);
-    barrier();
-
+    // Read long before they are needed.
     const Patch patch = find_patch(work, row / work.passes);
-    float sum = 0.0f;
-    if (work.reach > 0) {
-      sum = smoothed_squares<S>(work, patch, products, last_bias, reinterpret_cast<float*>(odd));
-    } else {
-      for (int pixel = thread_index(); pixel < kPixels; pixel += kBlock) {
-        const float off = residual<S>(work, patch, products, last_bias, pixel);
-        sum += off * off;
-      }
+    float targets[kMine];
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      const int cell = thread_index() + i * kBlock, column = cell % S::kPitch - 1;
+      const bool inside = cell < kCells && column >= 0 && column < S::kSize;
+      targets[i] = inside ? unit_pixel(work.source, patch, cell / S::kPitch, column) : 0.0f;
     }
+    barrier();
+    if (row + block_count() < rows) fetch_input<S>(work, row + block_count(), input);
+    last_products<S>(lane, odd, last, products);
+    barrier();
+
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      const int cell = thread_index() + i * kBlock;
+      const int y = cell / S::kPitch, x = cell % S::kPitch - 1;
+      if (cell >= kCells || x < 0 || x >= S::kSize) continue;
+      const float off = residual<S>(products, last_bias, targets[i], y, cell);
+      if (work.reach > 0) reinterpret_cast<float*>(odd)[y * S::kSize + x] = off;
+      sum += off * off;
+    }
+    if (work.reach > 0) sum = smoothed_squares<S>(work, reinterpret_cast<float*>(odd));
     // In a fixed order, so that a score has the same bits in every run.
 #pragma unroll
     for (int distance = kLanes / 2; distance > 0; distance /= 2) sum += shuffle_down(sum, distance);
     if (lane.index == 0) warp_sums[lane.warp] = sum;
+    await_copies();
     barrier();
     if (thread_index() == 0) {
       float total = 0.0f;
       for (int warp = 0; warp < kWarps; ++warp) total += warp_sums[warp];
-      work.errors[row % work.passes * work.source.total + patch.place] = total / kPixels;
+      work.errors[row % work.passes * work.source.total + patch.place] =
+          total / (S::kSize * S::kSize);
     }
   }
 }

@@ -5,106 +5,168 @@
 
 namespace fastalps::cuda::fused {
 
-// A of the first convolution: its 9 taps on the image are one step of 16 terms, 7 of them zero.
+// A thread's pixels of a patch, in gray levels; a row of them is 32 threads' work.
 template <class S>
-FASTALPS_DEVICE Operand image_operand(const Lane& lane, const uint16_t* image, int first_pixel) {
-  Operand a;
+struct Pixels {
+  static constexpr int kCount = divide_up(S::kSize * kLanes, kBlock);
+  float level[kCount];
+
+  FASTALPS_DEVICE Pixels(const Work& work, int number) {
+    const Patch patch = find_patch(work, number);
 #pragma unroll
-  for (int lower = 0; lower < 2; ++lower) {
-    int pixel = first_pixel + lane.group + 8 * lower;
-    pixel = pixel < S::kHalf * S::kHalf ? pixel : 0;  // Not stored.
-    const int row = pixel / S::kHalf;
-    const uint16_t* corner = image + 2 * row * S::kBordered + 2 * (pixel - row * S::kHalf);
-    const int even = 2 * lane.quad, odd = even + 1;
-    const uint32_t first = corner[even / 3 * S::kBordered + even % 3];
-    const uint32_t second = corner[odd / 3 * S::kBordered + odd % 3];
-    const uint32_t last = corner[2 * S::kBordered + 2];
-    a.word[lower] = first | second << 16;
-    a.word[2 + lower] = lane.quad == 0 ? last : 0;
+    for (int i = 0; i < kCount; ++i) {
+      const int row = thread_index() / kLanes + i * kWarps, column = thread_index() % kLanes;
+      const bool inside = row < S::kSize && column < S::kSize;
+      level[i] = inside ? level_pixel(work.source, patch, row, column) : 0.0f;
+    }
   }
-  return a;
+
+  FASTALPS_DEVICE void put(uint16_t* image) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int row = thread_index() / kLanes + i * kWarps, column = thread_index() % kLanes;
+      if (row >= S::kSize || column >= S::kSize) continue;
+      image[(row + 1) * S::kBordered + column + 1] =
+          static_cast<uint16_t>(round_pair(level[i], 0.0f) & 0xffff);
+    }
+  }
+};
+
+// The first convolution: a tile is a row of outputs, of both networks. Its 9 taps on the image are
+// one step of 16 terms, 7 of them zero.
+template <class S>
+FASTALPS_DEVICE void first_convolution(const Lane& lane, const uint16_t* image,
+                                       const uint2* weights, const float* biases, float slope,
+                                       unsigned char* map) {
+  using Out = typename S::FirstMap;
+  const int even = 2 * lane.quad, odd = even + 1;
+  const int even_at = even / 3 * S::kBordered + even % 3;
+  const int odd_at = odd / 3 * S::kBordered + odd % 3;
+  for (int row = lane.warp; row < S::kHalf; row += kWarps) {
+    Operand a;
+    unsigned char* place[2];
+#pragma unroll
+    for (int lower = 0; lower < 2; ++lower) {
+      // Behind the last column there is nothing of this row; those results are not stored.
+      const int column = lane.group + 8 * lower;
+      const uint16_t* const corner = image + 2 * row * S::kBordered + 2 * column;
+      const uint32_t first = corner[even_at], second = corner[odd_at];
+      const uint32_t last = corner[2 * S::kBordered + 2];
+      a.word[lower] = first | second << 16;
+      a.word[2 + lower] = lane.quad == 0 ? last : 0;
+      place[lower] = map + Out::chunk(0, S::cell(row, column)) + 4 * lane.quad;
+    }
+#pragma unroll
+    for (int column = 0; column < S::kFirstColumns; ++column) {
+      const int channel = column * kTileColumns + 2 * lane.quad;
+      const float bias[2] = {read_only(biases + channel), read_only(biases + channel + 1)};
+      float sums[4] = {bias[0], bias[1], bias[0], bias[1]};
+      multiply_add(sums, a, weights[column * kLanes + lane.index]);
+#pragma unroll
+      for (int lower = 0; lower < 2; ++lower) {
+        if (lane.group + 8 * lower >= S::kHalf) continue;
+        put(place[lower] + Out::chunk(column, 0),
+            leaky_pair(sums[2 * lower], sums[2 * lower + 1], slope));
+      }
+    }
+  }
+}
+
+// The second convolution of one network: tiles of two rows of 8 outputs, whose last column may be
+// none. `weights` and `biases` begin at the first of the columns.
+template <class S>
+FASTALPS_DEVICE void second_convolution(const Lane& lane, const unsigned char* map,
+                                        const uint2* weights, const float* biases, float slope,
+                                        int first_tile, unsigned char* output) {
+  using In = typename S::FirstMap;
+  constexpr int kAcross = S::kTilesAcross, kDown = S::kTilesDown;
+  constexpr int kSteps = S::kFirst / kTileTerms, kColumns = S::kSecond / kTileColumns;
+  const int first_row = 2 * first_tile + lane.row / 8;
+  const unsigned char* const corner =
+      map + In::chunk(lane.half, 2 * first_row * S::kRow + lane.row % 8);
+  float sums[kDown][kAcross][4];
+#pragma unroll
+  for (int across = 0; across < kAcross; ++across) {
+    const int channel = joint_channel<kAcross>(lane.quad) + 2 * across;
+    const float bias[2] = {read_only(biases + channel), read_only(biases + channel + 1)};
+#pragma unroll
+    for (int part = 0; part < 4 * kDown; ++part) sums[part / 4][across][part % 4] = bias[part % 2];
+  }
+#pragma unroll
+  for (int tap = 0; tap < 9; ++tap) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      Operand a[kDown];
+#pragma unroll
+      for (int down = 0; down < kDown; ++down) {
+        // A tile further down is two rows of outputs, so four of inputs.
+        a[down] = load_operand(corner + In::chunk(2 * step, S::tap_cell(tap) + down * 4 * S::kRow));
+      }
+#pragma unroll
+      for (int across = 0; across < kAcross; ++across) {
+        const uint2 b = weights[((tap * kSteps + step) * kColumns + across) * kLanes + lane.index];
+#pragma unroll
+        for (int down = 0; down < kDown; ++down) multiply_add(sums[down][across], a[down], b);
+      }
+    }
+  }
+  if (lane.group >= S::kQuarter) return;
+#pragma unroll
+  for (int down = 0; down < kDown; ++down) {
+#pragma unroll
+    for (int lower = 0; lower < 2; ++lower) {
+      const int row = 2 * (first_tile + down) + lower;
+      if (row >= S::kQuarter) continue;
+      put_joint(output + ((row * S::kQuarter + lane.group) * S::kSecond) * 2, lane, lower, slope,
+                sums[down]);
+    }
+  }
 }
 
 // Kernel E: each block holds all weights and takes patches in turn.
 template <class S>
 FASTALPS_DEVICE void encode(const Work& work, const uint2* weights, const float* biases,
                             unsigned char* shared) {
-  using First = typename S::FirstMap;
   const Lane lane(thread_index());
   unsigned char* const map = shared + S::kMapAt;
   uint16_t* const image = reinterpret_cast<uint16_t*>(shared + S::kImageAt);
-  unsigned char* const zero = shared + S::kZeroAt;
   const uint2* const resident = reinterpret_cast<const uint2*>(shared);
+  copy_chunks(shared, weights, S::kMapAt);
+  allow_next();
+  await_previous();
   const int patches = patches_of(work);
   if (block_index() >= patches) return;
-  copy_chunks(shared, weights, S::kMapAt);
-  for (int cell = thread_index(); cell < (S::kSharedBytes - S::kImageAt) / 2; cell += kBlock) {
-    image[cell] = 0;  // The image's border and the zeros.
+  // The borders of map and image stay zeros.
+  for (int chunk = thread_index(); chunk < (S::kSharedBytes - S::kMapAt) / kChunkBytes;
+       chunk += kBlock) {
+    reinterpret_cast<uint4*>(map)[chunk] = uint4{};
   }
+  Pixels<S> pixels(work, block_index());
   barrier();
 
   for (int number = block_index(); number < patches; number += block_count()) {
     // Nobody reads the last patch's image any more: its second layer came after a barrier.
-    const Patch patch = find_patch(work, number);
-    for (int pixel = thread_index(); pixel < S::kSize * S::kSize; pixel += kBlock) {
-      const int row = pixel / S::kSize, column = pixel - row * S::kSize;
-      image[(row + 1) * S::kBordered + column + 1] = static_cast<uint16_t>(
-          round_pair(level_pixel(work.source, patch, row, column), 0.0f) & 0xffff);
-    }
+    pixels.put(image);
     barrier();
-
-    constexpr int kFirstColumns = 2 * S::kFirst / kTileColumns;
-    for (int tile = lane.warp; tile * kTileRows < S::kHalf * S::kHalf; tile += kWarps) {
-      const Operand a = image_operand<S>(lane, image, tile * kTileRows);
-#pragma unroll 4
-      for (int column = 0; column < kFirstColumns; ++column) {
-        float sums[4] = {};
-        multiply_add(sums, a, resident[column * kLanes + lane.index]);
-        const int channel = column * kTileColumns + 2 * lane.quad;
-#pragma unroll
-        for (int lower = 0; lower < 2; ++lower) {
-          const int pixel = tile * kTileRows + lane.group + 8 * lower;
-          if (pixel >= S::kHalf * S::kHalf) continue;
-          put(map + First::channel(pixel, channel),
-              finish_pair(sums[2 * lower], sums[2 * lower + 1], biases, channel, work.slope));
-        }
-      }
-    }
+    first_convolution<S>(lane, image, resident, biases, work.slope, map);
+    // The next patch's, long before they are needed.
+    if (number + block_count() < patches) pixels = Pixels<S>(work, number + block_count());
     barrier();
-
-    constexpr int kColumns = S::kSecond / kTileColumns;
-    constexpr int kPixels = S::kQuarter * S::kQuarter;
-    constexpr int kDownGroups = divide_up(kPixels, S::kTilesDown * kTileRows);
-    constexpr int kAcrossGroups = kColumns / S::kTilesAcross;
+    constexpr int kTiles = divide_up(S::kQuarter, 2);
+    constexpr int kDownGroups = divide_up(kTiles, S::kTilesDown);
+    constexpr int kAcrossGroups = S::kSecond / kTileColumns / S::kTilesAcross;
     for (int item = lane.warp; item < work.networks * kDownGroups * kAcrossGroups; item += kWarps) {
-      const int across_group = item % kAcrossGroups;
+      const int first_column = item % kAcrossGroups * S::kTilesAcross;
       const int down_group = item / kAcrossGroups % kDownGroups;
       const int network = item / (kAcrossGroups * kDownGroups);
-      const int first_pixel = down_group * S::kTilesDown * kTileRows;
-      const int first_column = across_group * S::kTilesAcross;
-      const uint2* const mine =
-          resident + (S::kFirstFragments + network * S::kSecondFragments + first_column) * kLanes;
-      float sums[S::kTilesDown][S::kTilesAcross][4];
-      convolve<First, S::kHalf, S::kQuarter, 2, S::kFirst>(
-          lane, map, network * S::kFirst / kChunkChannels, zero, mine, kColumns, first_pixel, sums);
-      const float* const bias = biases + 2 * S::kFirst + network * S::kSecond;
-      unsigned char* const output =
-          work.maps + (static_cast<int64_t>(number) * work.networks + network) * S::kOutputs * 2;
-#pragma unroll
-      for (int down = 0; down < S::kTilesDown; ++down) {
-#pragma unroll
-        for (int lower = 0; lower < 2; ++lower) {
-          const int pixel = first_pixel + down * kTileRows + lane.group + 8 * lower;
-          if (pixel >= kPixels) continue;
-#pragma unroll
-          for (int across = 0; across < S::kTilesAcross; ++across) {
-            const int channel = (first_column + across) * kTileColumns + 2 * lane.quad;
-            const float* const found = sums[down][across] + 2 * lower;
-            put(output + (pixel * S::kSecond + channel) * 2,
-                finish_pair(found[0], found[1], bias, channel, work.slope));
-          }
-        }
-      }
+      const int place = S::kFirstFragments + network * S::kSecondFragments + first_column;
+      const int first_channel = first_column * kTileColumns;
+      second_convolution<S>(
+          lane, map + S::FirstMap::chunk(network * (S::kFirst / kChunkChannels), 0),
+          resident + place * kLanes, biases + 2 * S::kFirst + network * S::kSecond + first_channel,
+          work.slope, down_group * S::kTilesDown,
+          work.maps + (static_cast<int64_t>(number) * work.networks + network) * S::kOutputs * 2 +
+              first_channel * 2);
     }
   }
 }
@@ -121,35 +183,26 @@ FASTALPS_DEVICE void third_band(const Lane& lane, const unsigned char* staged,
   const int top = 2 * S::kBandRows * band - 1;
   float sums[kCells][S::kThirdAcross][4];
   clear(sums);
-#pragma unroll 1
-  for (int tap = 0; tap < 9; ++tap) {
+  const uint2* const mine = weights + first_column * kLanes + lane.index;
+  stream_steps<9 * kSteps, 4, S::kThirdAcross>(mine, kColumns * kLanes, [&](int at, const auto& b) {
+    const int tap = at / kSteps, step = at % kSteps;
     const int tap_row = tap / 3, tap_column = tap - 3 * tap_row;
-#pragma unroll 1
-    for (int step = 0; step < kSteps; ++step) {
-      uint2 b[S::kThirdAcross];
+#pragma unroll
+    for (int cell = 0; cell < kCells; ++cell) {
+      const int local = 2 * (cell / S::kHalf) + tap_row;
+      const int column = 2 * (cell % S::kHalf) + tap_column - 1;
+      const bool outside =
+          top + local < 0 || top + local >= S::kSide || column < 0 || column >= S::kSide;
+      if (outside) continue;  // For all patches alike.
+      const Operand a = load_operand(
+          staged + S::StagedMap::chunk((local * S::kSide + column) * kTileRows + lane.row,
+                                       2 * step + lane.half));
 #pragma unroll
       for (int across = 0; across < S::kThirdAcross; ++across) {
-        b[across] = read_only(weights +
-                              ((tap * kSteps + step) * kColumns + first_column + across) * kLanes +
-                              lane.index);
-      }
-#pragma unroll
-      for (int cell = 0; cell < kCells; ++cell) {
-        const int local = 2 * (cell / S::kHalf) + tap_row;
-        const int column = 2 * (cell % S::kHalf) + tap_column - 1;
-        const bool outside =
-            top + local < 0 || top + local >= S::kSide || column < 0 || column >= S::kSide;
-        if (outside) continue;  // For all patches alike.
-        const Operand a = load_operand(
-            staged + S::StagedMap::chunk((local * S::kSide + column) * kTileRows + lane.row,
-                                         2 * step + lane.half));
-#pragma unroll
-        for (int across = 0; across < S::kThirdAcross; ++across) {
-          multiply_add(sums[cell][across], a, b[across]);
-        }
+        multiply_add(sums[cell][across], a, b[across]);
       }
     }
-  }
+  });
 #pragma unroll
   for (int cell = 0; cell < kCells; ++cell) {
 #pragma unroll
@@ -178,32 +231,27 @@ FASTALPS_DEVICE void fourth_slice(const Lane& lane, const unsigned char* hidden,
   const int slice = lane.warp / S::kGroups;
   float sums[kCells][S::kFourthAcross][4];  // Pixels apart: independent sums hide latency.
   clear(sums);
-#pragma unroll 1
-  for (int tap = 0; tap < 9; ++tap) {
-    const int tap_row = tap / 3, tap_column = tap - 3 * tap_row;
-#pragma unroll 1
-    for (int step = slice; step < kSteps; step += S::kSlices) {
-      uint2 b[S::kFourthAcross];
+  const uint2* const mine = weights + (slice * kColumns + first_column) * kLanes + lane.index;
+  constexpr int kStride = S::kSlices * kColumns * kLanes;
+  // The slices' steps take turns; a tap's are whole rounds of them.
+  stream_steps<9 * kSteps / S::kSlices, 4, S::kFourthAcross>(
+      mine, kStride, [&](int at, const auto& b) {
+        const int tap = at / (kSteps / S::kSlices);
+        const int step = at % (kSteps / S::kSlices) * S::kSlices + slice;
+        const int tap_row = tap / 3, tap_column = tap - 3 * tap_row;
 #pragma unroll
-      for (int across = 0; across < S::kFourthAcross; ++across) {
-        b[across] = read_only(weights +
-                              ((tap * kSteps + step) * kColumns + first_column + across) * kLanes +
-                              lane.index);
-      }
+        for (int cell = 0; cell < kCells; ++cell) {
+          const int row = 2 * (cell / 2) + tap_row - 1, column = 2 * (cell % 2) + tap_column - 1;
+          if (row < 0 || column < 0) continue;  // Rows and columns past the last do not occur.
+          const Operand a = load_operand(
+              hidden + S::HiddenMap::chunk((row * S::kHalf + column) * kTileRows + lane.row,
+                                           2 * step + lane.half));
 #pragma unroll
-      for (int cell = 0; cell < kCells; ++cell) {
-        const int row = 2 * (cell / 2) + tap_row - 1, column = 2 * (cell % 2) + tap_column - 1;
-        if (row < 0 || column < 0) continue;  // Rows and columns past the last do not occur.
-        const Operand a = load_operand(
-            hidden + S::HiddenMap::chunk((row * S::kHalf + column) * kTileRows + lane.row,
-                                         2 * step + lane.half));
-#pragma unroll
-        for (int across = 0; across < S::kFourthAcross; ++across) {
-          multiply_add(sums[cell][across], a, b[across]);
+          for (int across = 0; across < S::kFourthAcross; ++across) {
+            multiply_add(sums[cell][across], a, b[across]);
+          }
         }
-      }
-    }
-  }
+      });
 #pragma unroll
   for (int across = 0; across < S::kFourthAcross; ++across) {
 #pragma unroll
@@ -239,6 +287,8 @@ FASTALPS_DEVICE void make_latents(const Work& work, const uint2* weights, const 
   float* const kept = reinterpret_cast<float*>(shared + S::kKeptAt);
   constexpr int kValues = kTileRows * S::kLatent;
   constexpr int kMapBytes = S::kSide * S::kSide * S::kSecond * 2;
+  allow_next();
+  await_previous();
   const int patches = patches_of(work);
 
   for (int first = block_index() * kTileRows; first < patches; first += block_count() * kTileRows) {
@@ -255,17 +305,19 @@ FASTALPS_DEVICE void make_latents(const Work& work, const uint2* weights, const 
           const int patch = item / kRowChunks % kTileRows;
           const int local = item / (kRowChunks * kTileRows);
           if (top + local < 0 || top + local >= S::kSide) continue;
-          uint4 values{};
+          const int pixel = (local * S::kSide + column) * kTileRows + patch;
+          unsigned char* const target = staged + Staged::chunk(pixel, chunk);
           if (first + patch < patches) {
             const unsigned char* const source =
                 work.maps +
                 (static_cast<int64_t>(first + patch) * work.networks + network) * kMapBytes;
-            values = read_only(reinterpret_cast<const uint4*>(source) +
-                               ((top + local) * S::kSide + column) * Staged::kChunks + chunk);
+            const int place = ((top + local) * S::kSide + column) * Staged::kChunks + chunk;
+            copy_async(target, source + place * kChunkBytes);
+          } else {
+            *reinterpret_cast<uint4*>(target) = uint4{};
           }
-          const int pixel = (local * S::kSide + column) * kTileRows + patch;
-          *reinterpret_cast<uint4*>(staged + Staged::chunk(pixel, chunk)) = values;
         }
+        await_copies();
         barrier();
         third_band<S>(lane, staged, hidden, weights + network * S::kThirdFragments * kLanes,
                       biases + network * S::kThird, work.slope, band);

@@ -84,14 +84,43 @@ struct Map {
 FASTALPS_INDEX int tap_phase(int tap) { return tap == 1 ? 0 : 1; }
 FASTALPS_INDEX int tap_neighbour(int tap) { return tap == 0 ? 1 : 0; }
 
+// A map in planes of 8 channels, a chunk a pixel: 8 pixels in a row meet all 32 banks, and a
+// neighbour is a constant distance away, so that a layer's loop computes no addresses. What lies
+// outside an image are cells of the map that hold zeros.
+template <int kPixels>
+struct Planes {
+  static constexpr int kPlaneBytes = kPixels * kChunkBytes;
+  FASTALPS_INDEX static int chunk(int plane, int pixel) {
+    return plane * kPlaneBytes + pixel * kChunkBytes;
+  }
+};
+
+// Channels that a lane holds of kAcross tiles: packed so that they are neighbours, which it stores
+// at once. Its two columns of tile t are channels 2 * kAcross * quad + 2 * t and the next.
+template <int kAcross>
+FASTALPS_INDEX int joint_channel(int quad) {
+  return 2 * kAcross * quad;
+}
+
 // Kernel E: the first two convolutions of encoder and distorter.
 template <int kSize_, int kFirst_, int kSecond_>
 struct EncodeShape {
   static constexpr int kSize = kSize_, kFirst = kFirst_, kSecond = kSecond_;
   static constexpr int kHalf = divide_up(kSize, 2), kQuarter = divide_up(kHalf, 2);
   static constexpr int kBordered = kSize + 2;
-  // Both networks side by side: they share the image.
-  using FirstMap = Map<2 * kFirst, 2>;
+  static_assert(kHalf <= kTileRows && kQuarter <= 8 && kBordered <= 32);
+  // Both networks side by side: they share the image. The second convolution reads every other
+  // column: a row has its odd ones first, from -1 on, then the even ones.
+  static constexpr int kOdd = 9, kRow = kOdd + 8;
+  using FirstMap = Planes<(kHalf + 2) * kRow>;
+  FASTALPS_INDEX static int cell(int row, int column) {
+    return (row + 1) * kRow + (column & 1 ? (column + 1) / 2 : kOdd + column / 2);
+  }
+  // From the cell of an output, see `second_convolution`, to a tap's.
+  FASTALPS_INDEX static int tap_cell(int tap) {
+    return tap / 3 * kRow + (tap % 3 == 1 ? kOdd : tap % 3 / 2);
+  }
+  static constexpr int kFirstColumns = 2 * kFirst / kTileColumns;
   static constexpr int kFirstFragments = fragments(9, 1, 2 * kFirst);
   static constexpr int kSecondFragments = fragments(9, kFirst, kSecond);  // Of one network.
   static constexpr int kFragments = kFirstFragments + 2 * kSecondFragments;
@@ -100,13 +129,12 @@ struct EncodeShape {
 
   static constexpr int kTilesDown = 2;
   static constexpr int kTilesAcross = kSecond / kTileColumns / 2;
-  static_assert(kFirst % 16 == 0 && kSecond % 16 == 0 && kQuarter * kQuarter <= 64);
+  static_assert(kFirst % 16 == 0 && kSecond % 16 == 0);
 
-  // Shared memory: weights, the first map, the bordered image, zeros.
+  // Shared memory: weights, the first map, the bordered image.
   static constexpr int kMapAt = kFragments * kLanes * 8;
-  static constexpr int kImageAt = kMapAt + FirstMap::bytes(kHalf * kHalf);
-  static constexpr int kZeroAt = align_up(kImageAt + kBordered * kBordered * 2, kBankBytes);
-  static constexpr int kSharedBytes = kZeroAt + kBankBytes;
+  static constexpr int kImageAt = kMapAt + 2 * kFirst / kChunkChannels * FirstMap::kPlaneBytes;
+  static constexpr int kSharedBytes = align_up(kImageAt + kBordered * kBordered * 2, kChunkBytes);
 };
 
 // First half of kernel M: the third and fourth convolutions, their pooling, the perturbation. A
@@ -183,44 +211,57 @@ struct DecodeShape {
   static constexpr int kFourth = kFourth_, kFifth = kFifth_;
   static constexpr int kHalf = divide_up(kSize, 2), kQuarter = divide_up(kHalf, 2);
   static_assert(kInputs % 16 == 0 && kThird % 16 == 0 && kFourth % 8 == 0 && kFifth % 8 == 0);
-  using InputMap = Map<kInputs>;
-  using ThirdMap = Map<kThird>;
-  using FourthMap = Map<kFourth>;
-  using FifthMap = Map<kFifth>;
+
+  // Rows of the map between the transposed convolutions are one tile long, those of whole images
+  // two; there is a column of zeros behind each, and one in front of an image's.
+  static constexpr int kHalfPitch = kTileRows, kPitch = 2 * kTileRows;
+  static_assert(kHalf < kHalfPitch && kSize + 2 <= kPitch);
+  // 8 cells of zeros behind the input's pixels; and its planes begin at different banks, as its
+  // chunks are stored plane by plane.
+  static constexpr int kInputPixels = kQuarter * kQuarter;
+  using InputMap = Planes<align_up(kInputPixels + 7, 8) + 1>;
+  using ThirdMap = Planes<(kHalf + 1) * kHalfPitch + 1>;
+  // A cell in front of the first and one behind the last row: tiles of border columns read them.
+  using FourthMap = Planes<(kSize + 2) * kPitch + 2>;
+  using FifthMap = Planes<kSize * kPitch + 2>;
+
   static constexpr int kThirdFragments = fragments(9, kInputs, kThird);
   static constexpr int kFourthFragments = fragments(9, kThird, kFourth);
-  static constexpr int kFifthFragments = fragments(9, kFourth, kFifth);
-  // The last layer has one output, so its taps are the columns.
-  static constexpr int kTaps = 9;
-  static constexpr int kLastFragments = fragments(1, kFifth, kTaps);
+  // Of the layers of stride 1: the three taps of a row are the terms of their steps.
+  static constexpr int kFifthSteps = divide_up(3 * kFourth, kTileTerms);
+  static constexpr int kLastSteps = divide_up(3 * kFifth, kTileTerms);
+  static constexpr int kFifthFragments = 3 * kFifthSteps * (kFifth / kTileColumns);
+  // The last layer has one output, so its rows of taps are the columns.
+  static constexpr int kLastFragments = kLastSteps;
   static constexpr int kFragments =
       kThirdFragments + kFourthFragments + kFifthFragments + kLastFragments;
   static constexpr int kBiases = kThird + kFourth + kFifth + kTileColumns;
-  static constexpr int kInputValues = kQuarter * kQuarter * kInputs;
+  static constexpr int kInputValues = kInputPixels * kInputs;
 
   static constexpr int kThirdAcross = kThird / kTileColumns / 2;
   static constexpr int kFourthAcross = kFourth / kTileColumns;
   static constexpr int kFifthAcross = kFifth / kTileColumns;
-  static constexpr int kTilesDown = 4;  // Of the first layer of stride 1.
-  // Floats of a plane of the taps' products: 4 more than a multiple of 16, so that the lanes that
-  // store a tile of them meet all banks.
-  static constexpr int kPlane = align_up(kSize * kSize - 4, 16) + 4;
+  static constexpr int kStripRows = 4;  // Of the first layer of stride 1, by one warp.
+  // Floats of a plane of the last layer's products: 4 more than a multiple of 16, so that the lanes
+  // that store a tile of them meet different banks.
+  static constexpr int kPlane = kSize * kPitch + 4;
 
-  // Shared memory: weights, two maps that layers read and write in turn, zeros, the warps' sums.
+  // Shared memory: weights; two maps that layers read and write in turn, the products in the place
+  // of the even one, and behind them the next input; the warps' sums.
   static constexpr int kEvenAt = kFragments * kLanes * 8;
-  static constexpr int kInputBytes = InputMap::bytes(kQuarter * kQuarter);
-  static constexpr int kThirdBytes = ThirdMap::bytes(kHalf * kHalf);
-  static constexpr int kFourthBytes = FourthMap::bytes(kSize * kSize);
-  static constexpr int kFifthBytes = FifthMap::bytes(kSize * kSize);
-  static constexpr int kProductBytes = kTaps * kPlane * 4;
-  static constexpr int kEvenBytes = kProductBytes;
-  static_assert(kInputBytes <= kEvenBytes && kFourthBytes <= kEvenBytes);
+  static constexpr int kInputBytes = kInputs / kChunkChannels * InputMap::kPlaneBytes;
+  static constexpr int kThirdBytes = kThird / kChunkChannels * ThirdMap::kPlaneBytes;
+  static constexpr int kFourthBytes = kFourth / kChunkChannels * FourthMap::kPlaneBytes;
+  static constexpr int kFifthBytes = kFifth / kChunkChannels * FifthMap::kPlaneBytes;
+  static constexpr int kInputAt = kEvenAt + align_up(3 * kPlane * 4, kBankBytes);
+  static constexpr int kEvenEnd = kEvenAt + kFourthBytes > kInputAt + kInputBytes
+                                      ? kEvenAt + kFourthBytes
+                                      : kInputAt + kInputBytes;
+  static constexpr int kOddAt = align_up(kEvenEnd, kChunkBytes);
   static constexpr int kOddBytes = kThirdBytes > kFifthBytes ? kThirdBytes : kFifthBytes;
   // In the place of the last map: residuals, and their means along rows.
   static_assert(2 * kSize * kSize * 4 <= kOddBytes);
-  static constexpr int kOddAt = align_up(kEvenAt + kEvenBytes, kBankBytes);
-  static constexpr int kZeroAt = align_up(kOddAt + kOddBytes, kBankBytes);
-  static constexpr int kSumsAt = kZeroAt + kBankBytes;
+  static constexpr int kSumsAt = kOddAt + kOddBytes;
   static constexpr int kSharedBytes = kSumsAt + kWarps * 4;
 };
 

@@ -92,15 +92,18 @@ FASTALPS_DEVICE float level_pixel(const Source& source, const Patch& patch, int 
   return read_only(static_cast<const uint8_t*>(source.pixels) + place);
 }
 
-FASTALPS_DEVICE float leaky(float value, float slope) {
-  return value > 0.0f ? value : slope * value;
+// Slopes are from 0 to 1 (`why_not` of fastalps/fused.py).
+FASTALPS_DEVICE float leaky(float value, float slope) { return larger(value, slope * value); }
+
+FASTALPS_DEVICE uint32_t leaky_pair(float first, float second, float slope) {
+  return round_pair(leaky(first, slope), leaky(second, slope));
 }
 
 // A lane's two neighbouring results of one row, with bias and leaky ReLU.
 FASTALPS_DEVICE uint32_t finish_pair(float first, float second, const float* biases, int column,
                                      float slope) {
-  return round_pair(leaky(first + read_only(biases + column), slope),
-                    leaky(second + read_only(biases + column + 1), slope));
+  return leaky_pair(first + read_only(biases + column), second + read_only(biases + column + 1),
+                    slope);
 }
 
 FASTALPS_DEVICE void put(unsigned char* place, uint32_t pair) {
@@ -126,118 +129,54 @@ FASTALPS_DEVICE void copy_chunks(unsigned char* target, const void* source, int 
   }
 }
 
-// Eight terms of a tap at a place in a map, or zeros where the tap falls outside: those of the
-// banks that the place would have, so that they conflict with no other row's.
-FASTALPS_DEVICE Operand load_tap(const unsigned char* map, const unsigned char* zero, int place,
-                                 bool inside) {
-  return load_operand(inside ? map + place : zero + (place & (kBankBytes - kChunkBytes)));
+// One row's results of kAcross tiles, packed for `joint_channel`: 4 * kAcross bytes a lane.
+template <int kAcross>
+FASTALPS_DEVICE void put_joint(unsigned char* pixel, const Lane& lane, int lower, float slope,
+                               const float (&sums)[kAcross][4]) {
+  uint32_t pairs[kAcross];
+#pragma unroll
+  for (int across = 0; across < kAcross; ++across) {
+    pairs[across] = leaky_pair(sums[across][2 * lower], sums[across][2 * lower + 1], slope);
+  }
+  unsigned char* const place = pixel + 2 * joint_channel<kAcross>(lane.quad);
+  if constexpr (kAcross == 4) {
+    *reinterpret_cast<uint4*>(place) = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+  } else if constexpr (kAcross == 2) {
+    *reinterpret_cast<uint2*>(place) = uint2{pairs[0], pairs[1]};
+  } else {
+    put(place, pairs[0]);
+  }
 }
 
-// A 3x3 convolution of a square map with zero borders, padding 1: kDown x kAcross tiles of results,
-// the rows of a tile being consecutive pixels from `first_pixel` on. `weights` begin at the first
-// of the columns; a step of 16 terms has `columns` fragments.
-template <class In, int kInSide, int kOutSide, int kStride, int kInputs, int kDown, int kAcross>
-FASTALPS_DEVICE void convolve(const Lane& lane, const unsigned char* map, int first_chunk,
-                              const unsigned char* zero, const uint2* weights, int columns,
-                              int first_pixel, float (&sums)[kDown][kAcross][4]) {
-  // With 8 inputs, the two halves of a step are two taps.
-  constexpr bool kPaired = kInputs == kChunkChannels;
-  constexpr int kInner = kPaired ? 1 : kInputs / kTileTerms;
-  clear(sums);
-  int rows[kDown], cells[kDown];
+// Calls body(step, fragments) for each step of 16 terms, with kAcross fragments of weights in L2,
+// `stride` apart from step to step. They are read kDepth steps before they are used: L2 takes
+// longer to answer than a step takes to multiply.
+template <int kSteps, int kDepth, int kAcross, typename Body>
+FASTALPS_DEVICE void stream_steps(const uint2* weights, int stride, Body&& body) {
+  uint2 ahead[kDepth][kAcross];
 #pragma unroll
-  for (int down = 0; down < kDown; ++down) {
-    const int pixel = first_pixel + down * kTileRows + lane.row;
-    // Rows past the last pixel lie outside for every tap.
-    const int row = pixel / kOutSide;
-    rows[down] = pixel < kOutSide * kOutSide ? kStride * row - 1 : -kInSide - 3;
-    cells[down] = kStride * (pixel - row * kOutSide) - 1;
+  for (int depth = 0; depth < kDepth; ++depth) {
+#pragma unroll
+    for (int across = 0; across < kAcross; ++across) {
+      if (depth < kSteps)
+        ahead[depth][across] = read_only(weights + depth * stride + across * kLanes);
+    }
   }
 #pragma unroll 1
-  for (int outer = 0; outer < (kPaired ? 5 : 9); ++outer) {
-    const int tap = kPaired ? 2 * outer + lane.half : outer;
-    const int tap_row = tap / 3, tap_column = tap - 3 * tap_row;
-    int pixels[kDown];
-    bool inside[kDown];
+  for (int first = 0; first < kSteps; first += kDepth) {
 #pragma unroll
-    for (int down = 0; down < kDown; ++down) {
-      const int row = rows[down] + tap_row, column = cells[down] + tap_column;
-      pixels[down] = row * kInSide + column;
-      inside[down] = tap < 9 && row >= 0 && row < kInSide && column >= 0 && column < kInSide;
-    }
-#pragma unroll
-    for (int inner = 0; inner < kInner; ++inner) {
-      const int chunk = first_chunk + (kPaired ? 0 : 2 * inner + lane.half);
-      Operand a[kDown];
-#pragma unroll
-      for (int down = 0; down < kDown; ++down) {
-        a[down] = load_tap(map, zero, In::chunk(pixels[down], chunk), inside[down]);
-      }
-      const uint2* step = weights + (outer * kInner + inner) * columns * kLanes + lane.index;
+    for (int depth = 0; depth < kDepth; ++depth) {
+      const int step = first + depth;
+      if (kSteps % kDepth != 0 && step >= kSteps) break;
+      uint2 b[kAcross];
 #pragma unroll
       for (int across = 0; across < kAcross; ++across) {
-        const uint2 b = step[across * kLanes];
-#pragma unroll
-        for (int down = 0; down < kDown; ++down) multiply_add(sums[down][across], a[down], b);
+        b[across] = ahead[depth][across];
+        if (step + kDepth < kSteps) {
+          ahead[depth][across] = read_only(weights + (step + kDepth) * stride + across * kLanes);
+        }
       }
-    }
-  }
-}
-
-// A 3x3 transposed convolution of stride 2, padding 1. The rows of a tile are consecutive anchors
-// (input pixels) from `first_pixel` on; their four phases of outputs, sums[2 * y + x], share the
-// four inputs at and after the anchor: 9 products for 4 x 4 that a convolution of zeros would do.
-template <class In, int kInSide, int kInputs, int kAcross>
-FASTALPS_DEVICE void transpose(const Lane& lane, const unsigned char* map,
-                               const unsigned char* zero, const uint2* weights, int columns,
-                               int first_pixel, float (&sums)[4][kAcross][4]) {
-  constexpr int kSteps = kInputs / kTileTerms;
-  clear(sums);
-  const int anchor = first_pixel + lane.row;
-  const int row = anchor / kInSide, column = anchor - row * kInSide;
-#pragma unroll 1
-  for (int step = 0; step < kSteps; ++step) {
-    Operand a[4];
-#pragma unroll
-    for (int neighbour = 0; neighbour < 4; ++neighbour) {
-      const int y = row + neighbour / 2, x = column + neighbour % 2;
-      const bool inside = y < kInSide && x < kInSide;
-      a[neighbour] = load_tap(map, zero, In::chunk(y * kInSide + x, 2 * step + lane.half), inside);
-    }
-#pragma unroll
-    for (int tap = 0; tap < 9; ++tap) {
-      const int phase = 2 * tap_phase(tap / 3) + tap_phase(tap % 3);
-      const int neighbour = 2 * tap_neighbour(tap / 3) + tap_neighbour(tap % 3);
-      const uint2* fragment = weights + (tap * kSteps + step) * columns * kLanes + lane.index;
-#pragma unroll
-      for (int across = 0; across < kAcross; ++across) {
-        multiply_add(sums[phase][across], a[neighbour], fragment[across * kLanes]);
-      }
-    }
-  }
-}
-
-// Stores the phases of `transpose` into a map of kOutSide, which may lack the last odd row.
-template <class Out, int kInSide, int kOutSide, int kAcross>
-FASTALPS_DEVICE void put_phases(const Lane& lane, unsigned char* map, const float* biases,
-                                float slope, int first_pixel, int first_column,
-                                const float (&sums)[4][kAcross][4]) {
-#pragma unroll
-  for (int lower = 0; lower < 2; ++lower) {
-    const int anchor = first_pixel + lane.group + 8 * lower;
-    if (anchor >= kInSide * kInSide) continue;
-    const int row = 2 * (anchor / kInSide), column = 2 * (anchor % kInSide);
-#pragma unroll
-    for (int phase = 0; phase < 4; ++phase) {
-      const int y = row + phase / 2, x = column + phase % 2;
-      if (y >= kOutSide || x >= kOutSide) continue;
-#pragma unroll
-      for (int across = 0; across < kAcross; ++across) {
-        const int channel = (first_column + across) * kTileColumns + 2 * lane.quad;
-        const float* mine = sums[phase][across] + 2 * lower;
-        put(map + Out::channel(y * kOutSide + x, channel),
-            finish_pair(mine[0], mine[1], biases, channel, slope));
-      }
+      body(step, b);
     }
   }
 }

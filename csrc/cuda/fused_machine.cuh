@@ -15,6 +15,20 @@ FASTALPS_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
 FASTALPS_DEVICE int block_count() { return static_cast<int>(gridDim.x); }
 FASTALPS_DEVICE void barrier() { __syncthreads(); }
 
+// Programmatic dependent launch: `allow_next` lets the next kernel of the stream take the room that
+// ended blocks leave; all that it does before `await_previous` must not depend on this one, and
+// every block has to call that, as the next but one relies on it. Older devices have neither.
+FASTALPS_DEVICE void allow_next() {
+#if defined(FASTALPS_DEPENDENT) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+FASTALPS_DEVICE void await_previous() {
+#if defined(FASTALPS_DEPENDENT) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // A 16 x 16 operand A of mma: four pairs of bf16 a lane.
 struct Operand {
   uint32_t word[4];
@@ -30,6 +44,15 @@ FASTALPS_DEVICE Operand load_operand(const unsigned char* chunk) {
                : "memory");
   return a;
 }
+
+// Starts a copy of 16 bytes from global into shared memory, both aligned.
+FASTALPS_DEVICE void copy_async(unsigned char* target, const void* source) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(source) : "memory");
+}
+
+// Waits for this thread's copies; a barrier after it makes them everybody's.
+FASTALPS_DEVICE void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // sums += A * B, bf16 with float32 sums.
 FASTALPS_DEVICE void multiply_add(float (&sums)[4], const Operand& a, uint2 b) {
@@ -52,6 +75,7 @@ FASTALPS_DEVICE T read_only(const T* place) {
   return __ldg(place);
 }
 
+FASTALPS_DEVICE float larger(float one, float other) { return fmaxf(one, other); }
 FASTALPS_DEVICE float exponential(float value) { return __expf(value); }
 FASTALPS_DEVICE float hyperbolic_tangent(float value) { return tanhf(value); }
 FASTALPS_DEVICE float inverse_root(float value) { return rsqrtf(value); }

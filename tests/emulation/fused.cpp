@@ -1,6 +1,7 @@
 // The fused scoring kernels run on a host, for tests/test_fused_emulation.py.
 #include "fused_decoder.cuh"
 #include "fused_encoder.cuh"
+#include "fused_expand.cuh"
 
 namespace {
 

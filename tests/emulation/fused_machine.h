@@ -16,6 +16,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #define FASTALPS_DEVICE inline
@@ -54,6 +55,8 @@ struct Thread {
   Operand loaded;
   float value;
   int distance;
+  // Copies that were started: done as late as they may be, when they are waited for.
+  std::vector<std::pair<unsigned char*, const void*>> copies;
 };
 
 struct Counts {
@@ -107,6 +110,9 @@ class Machine {
       if (done > 0 && error_.empty()) error_ = "some warps ended, others wait at a barrier";
       for (Thread& each : threads_) each.state = State::kReady;
     }
+    for (const Thread& each : threads_) {
+      if (!each.copies.empty() && error_.empty()) error_ = "a copy that nobody waits for";
+    }
     for (const unsigned char* p = memory_.data(); p < memory_.data() + memory_.size(); ++p) {
       const bool inside = p >= shared_ && p < shared_ + shared_bytes_;
       if (!inside && *p != kPoison && error_.empty()) error_ = "a write outside shared memory";
@@ -115,6 +121,21 @@ class Machine {
   }
 
   Thread& self() { return threads_[thread]; }
+
+  void start_copy(unsigned char* target, const void* source) {
+    if (target < shared_ || target + 16 > shared_ + shared_bytes_) {
+      error_ = "a copy outside shared memory";
+    } else if (((target - shared_) | reinterpret_cast<intptr_t>(source)) % 16 != 0) {
+      error_ = "a copy from or to an unaligned address";
+    } else {
+      self().copies.emplace_back(target, source);
+    }
+  }
+
+  void finish_copies() {
+    for (const auto& [target, source] : self().copies) std::memcpy(target, source, 16);
+    self().copies.clear();
+  }
 
   void wait(State state) {
     self().state = state;
@@ -291,6 +312,14 @@ inline void multiply_add(float (&sums)[4], const Operand& a, uint2 b) {
   machine->wait(emulation::State::kMultiply);
 }
 
+inline void allow_next() {}
+inline void await_previous() {}
+
+inline void copy_async(unsigned char* target, const void* source) {
+  emulation::Machine::current->start_copy(target, source);
+}
+inline void await_copies() { emulation::Machine::current->finish_copies(); }
+
 inline uint32_t round_pair(float first, float second) {
   return emulation::narrow(first) | emulation::narrow(second) << 16;
 }
@@ -300,6 +329,7 @@ T read_only(const T* place) {
   return *place;
 }
 
+inline float larger(float one, float other) { return std::fmax(one, other); }
 inline float exponential(float value) { return std::exp(value); }
 inline float hyperbolic_tangent(float value) { return std::tanh(value); }
 inline float inverse_root(float value) { return 1.0f / std::sqrt(value); }
