@@ -30,15 +30,22 @@ FASTALPS_DEVICE void start_sums(float (&sums)[kAcross][4], const Biases<kAcross>
   }
 }
 
-// One row's results of a tile, from its columns on: `place` is a pixel of the map's first plane.
+// One row's results of a tile, from its columns on, if it is to be `stored`: zeros where it is not
+// `inside`. `place` is a pixel of the map's first plane. Results are finished in any case: a store
+// is cheaper skipped by itself than behind a branch.
 template <class Out, int kAcross>
 FASTALPS_DEVICE void put_row(const Lane& lane, unsigned char* place, int lower, float slope,
-                             bool inside, const float (&sums)[kAcross][4]) {
+                             bool stored, bool inside, const float (&sums)[kAcross][4]) {
+  uint32_t pairs[kAcross];
 #pragma unroll
   for (int across = 0; across < kAcross; ++across) {
     const float* const found = sums[across] + 2 * lower;
     const uint32_t pair = leaky_pair(found[0], found[1], slope);
-    put(place + Out::chunk(across, 0) + 4 * lane.quad, inside ? pair : 0);
+    pairs[across] = inside ? pair : 0;
+  }
+#pragma unroll
+  for (int across = 0; across < kAcross; ++across) {
+    if (stored) put(place + Out::chunk(across, 0) + 4 * lane.quad, pairs[across]);
   }
 }
 
@@ -138,14 +145,13 @@ FASTALPS_DEVICE void third_tile(const Lane& lane, const unsigned char* input, co
 #pragma unroll
   for (int lower = 0; lower < 2; ++lower) {
     const int mine = tile * kTileRows + lane.group + 8 * lower;
-    if (mine >= S::kInputPixels) continue;
     const int row = 2 * (mine / S::kQuarter), column = 2 * (mine % S::kQuarter);
 #pragma unroll
     for (int phase = 0; phase < 4; ++phase) {
       const int y = row + phase / 2, x = column + phase % 2;
-      if (y >= S::kHalf || x >= S::kHalf) continue;
+      const bool stored = mine < S::kInputPixels && y < S::kHalf && x < S::kHalf;
       put_row<Out>(lane, output + Out::chunk(first_column, y * S::kHalfPitch + x), lower, slope,
-                   true, sums[phase]);
+                   stored, true, sums[phase]);
     }
   }
 }
@@ -193,13 +199,12 @@ FASTALPS_DEVICE void fourth_rows(const Lane& lane, const unsigned char* map, con
 #pragma unroll
     for (int phase = 0; phase < 4; ++phase) {
       const int y = 2 * (first_row + down) + phase / 2;
-      if (y >= S::kSize) continue;
 #pragma unroll
       for (int lower = 0; lower < 2; ++lower) {
         const int x = 2 * (lane.group + 8 * lower) + phase % 2;
-        if (x >= S::kSize) continue;
-        put_row<Out>(lane, output + Out::chunk(0, (y + 1) * S::kPitch + x + 2), lower, slope, true,
-                     sums[down][phase]);
+        const bool stored = y < S::kSize && x < S::kSize;
+        put_row<Out>(lane, output + Out::chunk(0, (y + 1) * S::kPitch + x + 2), lower, slope,
+                     stored, true, sums[down][phase]);
       }
     }
   }
@@ -253,14 +258,13 @@ FASTALPS_DEVICE void fifth_strip(const Lane& lane, const unsigned char* map, con
   }
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
-    if (first_row + row >= S::kSize) continue;
 #pragma unroll
     for (int lower = 0; lower < 2; ++lower) {
       // Columns count from the border; what is outside has to be zero for the last layer.
       const int column = first_column + lane.group + 8 * lower;
       const bool inside = column > 0 && column <= S::kSize;
       put_row<Out>(lane, output + Out::chunk(0, (first_row + row) * S::kPitch + column + 1), lower,
-                   slope, inside, sums[row]);
+                   slope, first_row + row < S::kSize, inside, sums[row]);
     }
   }
 }

@@ -64,9 +64,8 @@ FASTALPS_DEVICE void first_convolution(const Lane& lane, const uint16_t* image,
       multiply_add(sums, a, weights[column * kLanes + lane.index]);
 #pragma unroll
       for (int lower = 0; lower < 2; ++lower) {
-        if (lane.group + 8 * lower >= S::kHalf) continue;
-        put(place[lower] + Out::chunk(column, 0),
-            leaky_pair(sums[2 * lower], sums[2 * lower + 1], slope));
+        const uint32_t pair = leaky_pair(sums[2 * lower], sums[2 * lower + 1], slope);
+        if (lane.group + 8 * lower < S::kHalf) put(place[lower] + Out::chunk(column, 0), pair);
       }
     }
   }
