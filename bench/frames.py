@@ -15,6 +15,8 @@ from fastalps.gate import clip_background
 
 # Training frames are every tenth of a clip: neighbours are almost the same.
 _EVERY = 10
+# Made-up frames of a test set, after which it begins again: drawing them takes a second.
+_SYNTHETIC = 134
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,7 @@ class Video:
 
 def load_video(settings: Settings) -> Video:
     """UCSD Ped2's first clips, or random textured frames with moving blobs."""
-    # A GPU is not filled by a few frames.
-    count = settings.pick(1, 2, 8) * (1 if settings.device == "cpu" else 20)
+    count = settings.pick(1, 2, 8)
     test, train = settings.data / "Test" / "Test001", settings.data / "Train" / "Train001"
     if test.is_dir() and train.is_dir():
         clip, _ = read_frames(test)
@@ -55,6 +56,31 @@ def load_video(settings: Settings) -> Video:
     return Video(
         reason, clip[:count].contiguous(), clip[count:].contiguous(), clip_background(clip)
     )
+
+
+def load_test_set(settings: Settings, count: int) -> tuple[str, Tensor]:
+    """What they are, and `count` frames, uint8 (count, 240, 360).
+
+    UCSD Ped2's test clips one after the other, or random textured frames; over and over where they
+    are fewer.
+    """
+    clips: list[Tensor] = []
+    for folder in sorted((settings.data / "Test").glob("Test[0-9][0-9][0-9]")):
+        if sum(map(len, clips)) < count:
+            clips.append(read_frames(folder)[0])
+    if clips:
+        source, frames = f"UCSD Ped2, {len(clips)} test clips", torch.cat(clips)
+    else:
+        source = f"random textured frames with moving blobs ({_missing(settings.data)})"
+        frames = synthetic_frames(min(count, _SYNTHETIC), settings.generator())
+    if len(frames) < count:
+        source += f"; {len(frames)} frames over and over"
+    return source, repeated(frames, 0, count)
+
+
+def repeated(values: Tensor, dim: int, count: int) -> Tensor:
+    """`values`, over and over along a dimension until there are `count`."""
+    return values.index_select(dim, torch.arange(count) % values.shape[dim])
 
 
 def _missing(folder: Path) -> str:

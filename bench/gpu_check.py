@@ -1,13 +1,19 @@
 """Proves and times the GPU kernels on this machine, from a source tree, without a network.
 
-Takes whatever Python and torch (2.10 or later, with CUDA) it is run by: builds the libraries in
-place, runs the tests marked `gpu`, the fused kernels under compute-sanitizer where that is there,
-and the benchmarks, and writes one JSON file with all that was found to
-bench/results/<machine>/gpu_check.json. What is missing (a compiler, setuptools, ninja, pytest) is
-said in one line, recorded, and worked around where possible.
+Takes whatever Python and torch (2.10 or later, with CUDA) it is run by, and does these steps:
 
-Exit code: 0 when all tests and benchmarks passed, 1 when one failed or could not run, 2 without a
-GPU.
+    build      the libraries, in place
+    tests      those marked `gpu`
+    sanitizer  the fused kernels under compute-sanitizer, where that is there
+    profile    times of the fused kernels, and their counters where ncu (Nsight Compute) is there
+    bench      bench/run.py --device cuda
+
+What was found goes to bench/results/<machine>/gpu_check.json after every step, and what the steps
+printed to *.log beside it: a check that is stopped leaves what it had. What is missing (a compiler,
+setuptools, ninja, pytest) is said in one line, recorded, and worked around where possible.
+
+Exit code: 0 when all steps passed, 1 when one failed or could not run (sanitizer and profile may be
+skipped), 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +38,10 @@ OLDEST_TORCH = (2, 10)
 # What runs under compute-sanitizer, a hundred times slower: the fused kernels at small sizes.
 SANITIZED = ("tests/test_fused.py", "-k", "(test_values and fast-28 and uint8) or test_gate")
 SANITIZERS = ("memcheck", "racecheck")
+# Tests share the GPU in so many processes. Left to themselves each would start a thread a core, for
+# OpenMP and for Inductor: 80 tests took 170 s on 16 cores.
+TEST_PROCESSES = 4
+FEW_THREADS = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
 TAIL_LINES = 40
 CLOCKS = (
     *("name", "driver_version", "pstate", "clocks.sm", "clocks.mem", "clocks.max.sm"),
@@ -69,49 +80,46 @@ def tail(text: str) -> list[str]:
     return text.splitlines()[-TAIL_LINES:]
 
 
-def execute(command: list[str], limit: float) -> dict[str, Any]:
-    """Runs `command` in the source tree: `code` (None past the limit), `seconds`, `log` (its end)
-    and `output` (all of it)."""
+def execute(command: list[str], limit: float, log: Path, **variables: str) -> dict[str, Any]:
+    """Runs `command` in the source tree, with more environment variables: `code` (None past the
+    limit), `seconds` and `log` (the end of what it printed; all of it goes to the file)."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= {"PYTHONUNBUFFERED": "1", **variables}
     start = time.perf_counter()
-    try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=limit,
-            check=False,
-        )
-        code, output = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as expired:
-        said = expired.stdout or b""
-        code, output = None, said if isinstance(said, str) else said.decode(errors="replace")
+    # A file, not a pipe: it has what was printed however this ends.
+    with log.open("wb") as file:
+        try:
+            code: int | None = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=limit,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = None
     seconds = round(time.perf_counter() - start, 1)
-    return {"code": code, "seconds": seconds, "log": tail(output), "output": output}
+    printed = log.read_text(encoding="utf-8", errors="replace")
+    return {"code": code, "seconds": seconds, "log": tail(printed)}
 
 
-def without_output(step: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in step.items() if key != "output"}
-
-
-def build(limit: float) -> dict[str, Any]:
+def build(options: argparse.Namespace) -> dict[str, Any]:
     """Builds the libraries in place; without setuptools, only Triton is left."""
     if importlib.util.find_spec("setuptools") is None:
         reason = "setuptools is not installed: no native library is built, Triton is checked alone"
         say(reason)
         return {"skipped": reason}
-    step = execute([sys.executable, "setup.py", "build_ext", "--inplace"], limit)
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    step = execute(command, options.limit, options.out / "build.log")
     for line in step["log"]:
         if line.startswith("fastalps: "):
             say(line.removeprefix("fastalps: "))
     # Ninja's own log has what the compilers printed; setup.py prints it only where it fails.
     for log in sorted((ROOT / "build" / "native").glob("*.log")):
         step[log.name] = tail(log.read_text(encoding="utf-8", errors="replace"))
-    return without_output(step)
+    return step
 
 
 def counts(report: Path) -> dict[str, Any]:
@@ -129,7 +137,7 @@ def counts(report: Path) -> dict[str, Any]:
     return found
 
 
-def test(limit: float) -> dict[str, Any]:
+def test(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the tests marked `gpu`. Only their files are read: others may need absent packages."""
     if importlib.util.find_spec("pytest") is None:
         reason = "pytest is not installed: the GPU tests did not run"
@@ -142,13 +150,22 @@ def test(limit: float) -> dict[str, Any]:
     ]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        options = ["-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        step = execute([sys.executable, "-m", "pytest", *options, *files], limit)
-        found = counts(report) if report.exists() else {}
-    return {**without_output(step), **found}
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+        command += ["--durations=15", f"--junitxml={report}"]
+        if importlib.util.find_spec("xdist") is not None:
+            command += ["-n", str(TEST_PROCESSES)]
+        log = options.out / "tests.log"
+        step = execute([*command, *files], options.limit, log, **FEW_THREADS)
+        step |= counts(report) if report.exists() else {}
+    if "passed" in step:
+        skipped = sum(step["skipped"].values())
+        say(f"{step['passed']} passed, {len(step['failed'])} failed, {skipped} skipped")
+        for name in step["failed"]:
+            say(f"failed: {name}")
+    return step
 
 
-def sanitize(limit: float) -> dict[str, Any]:
+def sanitize(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the fused kernels under compute-sanitizer: accesses out of bounds, and races in shared
     memory. `code` is that of the first check that failed, else 0."""
     tool = shutil.which("compute-sanitizer")
@@ -161,7 +178,7 @@ def sanitize(limit: float) -> dict[str, Any]:
     for check in SANITIZERS:
         command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable]
         command += ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *SANITIZED]
-        found[check] = without_output(execute(command, limit))
+        found[check] = execute(command, options.limit, options.out / f"{check}.log")
         found["code"] = found["code"] or found[check]["code"]
         if found[check]["code"] is None:
             found["code"] = None
@@ -169,15 +186,38 @@ def sanitize(limit: float) -> dict[str, Any]:
     return found
 
 
-def bench(quick: bool, limit: float) -> dict[str, Any]:
-    """Runs the benchmarks on the GPU; their own record is kept whole."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "bench.json"
-        command = [sys.executable, "bench/run.py", "--device", "cuda", "--out", str(out)]
-        step = execute([*command, *(["--quick"] if quick else [])], limit)
-        if out.exists():
-            step["result"] = json.loads(out.read_text(encoding="utf-8"))
-    return without_output(step)
+def recorded(name: str, command: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Runs a program of bench/ with --out; its own record is kept whole, as `result`."""
+    out = (options.out / f"{name}.json").resolve()
+    out.unlink(missing_ok=True)
+    command = [sys.executable, *command, "--out", str(out)]
+    step = execute(command, options.limit, options.out / f"{name}.log")
+    if out.exists():
+        step["result"] = json.loads(out.read_text(encoding="utf-8"))
+        out.unlink()
+    return step
+
+
+def profile(options: argparse.Namespace) -> dict[str, Any]:
+    """Times the fused kernels; with ncu, reads their counters as well."""
+    ncu = [] if shutil.which("ncu") is None else ["--ncu"]
+    if not ncu:
+        say("ncu was not found: the profile has times and no counters")
+    step = recorded("profile", ["bench/fused_profile.py", *ncu], options)
+    if step["code"] == 2:
+        # By its convention: it cannot run here, and its last line says why.
+        reason = f"the fused kernels were not profiled: {' '.join(step['log'][-1:])}"
+        say(reason)
+        return {"skipped": reason}
+    return step
+
+
+def bench(options: argparse.Namespace) -> dict[str, Any]:
+    """Runs the benchmarks on the GPU."""
+    command = ["bench/run.py", "--device", "cuda", *(["--quick"] if options.quick else [])]
+    if options.data is not None:
+        command += ["--data", str(options.data.resolve())]
+    return recorded("bench", command, options)
 
 
 def clocks() -> list[dict[str, str]] | None:
@@ -200,72 +240,91 @@ def passed(step: dict[str, Any]) -> bool:
     return step.get("code") == 0
 
 
-def check(arguments: argparse.Namespace) -> int:
+STEPS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "build": build,
+    "tests": test,
+    "sanitizer": sanitize,
+    "profile": profile,
+    "bench": bench,
+}
+# Their tools come with the toolkit, not with torch, and the fused kernels run on some GPUs only: to
+# skip these is no failure.
+OPTIONAL = ("sanitizer", "profile")
+
+
+def metrics(steps: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The figures of the steps that ran."""
+    found: dict[str, Any] = {}
+    if tests := steps.get("tests"):
+        found["tests_passed"] = tests.get("passed", 0)
+        found["tests_failed"] = len(tests.get("failed", ()))
+    if "bench" in steps:
+        found["bench_passed"] = passed(steps["bench"])
+    return found
+
+
+def check(options: argparse.Namespace) -> int:
     torch = require_gpu()
     sys.path.insert(0, str(ROOT))
     from fastalps.environment import result_record
     from fastalps.files import make_folder, write_json
 
-    before = clocks()
-    say("building the libraries")
-    steps = {"build": build(arguments.limit)}
-    report = execute([sys.executable, "-m", "fastalps"], arguments.limit)
-    print(report["output"], flush=True)
-    say("running the tests marked gpu")
-    steps["tests"] = test(arguments.limit)
-    if "passed" in steps["tests"]:
-        ran = steps["tests"]
-        say(
-            f"{ran['passed']} passed, {len(ran['failed'])} failed, "
-            f"{sum(ran['skipped'].values())} skipped"
-        )
-        for name in ran["failed"]:
-            say(f"failed: {name}")
-    say("running the fused kernels under compute-sanitizer")
-    steps["sanitizer"] = sanitize(arguments.limit)
-    if "skipped" not in steps["sanitizer"] and not passed(steps["sanitizer"]):
-        say("compute-sanitizer found something, or a test failed under it: see the JSON")
-    say("running the benchmarks")
-    steps["bench"] = bench(arguments.quick, arguments.limit)
-    if not passed(steps["bench"]):
-        say(f"bench/run.py did not pass: {steps['bench']['log'][-1:]}")
-    tests = steps["tests"]
-    metrics = {
-        "tests_passed": tests.get("passed", 0),
-        "tests_failed": len(tests.get("failed", ())),
-        "bench_passed": passed(steps["bench"]),
-    }
-    record = result_record(
-        "gpu_check",
-        metrics,
-        seed=None,
-        backends=report["log"],
-        driver=before,
-        driver_after=clocks(),
-        **steps,
-    )
     name = slug(torch.cuda.get_device_name(0))
-    folder = make_folder(arguments.out or ROOT / "bench" / "results" / name)
-    write_json(folder / "gpu_check.json", record)
-    say(f"wrote {folder / 'gpu_check.json'}")
-    # compute-sanitizer comes with the toolkit, not with torch: its absence is no failure.
+    options.out = make_folder(options.out or ROOT / "bench" / "results" / name)
+    chosen = [name for name in STEPS if name in options.steps]
+    before, report, steps = clocks(), [], {}
+    for name in chosen:
+        say(f"step {name}")
+        steps[name] = STEPS[name](options)
+        if "skipped" not in steps[name] and not passed(steps[name]):
+            say(f"{name} did not pass: see its log or the JSON")
+        if not report:
+            # What is built, on and off; after the build, if there is one.
+            with tempfile.TemporaryDirectory() as folder:
+                log = Path(folder) / "report.log"
+                report = execute([sys.executable, "-m", "fastalps"], options.limit, log)["log"]
+            print("\n".join(report), flush=True)
+        record = result_record(
+            "gpu_check",
+            metrics(steps),
+            seed=None,
+            steps=chosen,
+            backends=report,
+            driver=before,
+            driver_after=clocks(),
+            **steps,
+        )
+        write_json(options.out / "gpu_check.json", record)
+    say(f"wrote {options.out / 'gpu_check.json'}")
     decisive = [
-        step for name, step in steps.items() if name != "sanitizer" or "skipped" not in step
+        step for name, step in steps.items() if name not in OPTIONAL or "skipped" not in step
     ]
     return 0 if all(map(passed, decisive)) else 1
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the check; see the module's text for the exit code."""
-    parser = argparse.ArgumentParser(prog="gpu-check", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="gpu-check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--steps",
+        nargs="+",
+        choices=STEPS,
+        default=list(STEPS),
+        metavar="STEP",
+        help=f"only these of {', '.join(STEPS)}",
+    )
     parser.add_argument("--quick", action="store_true", help="few rounds of each benchmark")
+    parser.add_argument("--data", type=Path, help="UCSD Ped2, as for bench/run.py")
     parser.add_argument("--out", type=Path, help="folder of the result, instead of bench/results/…")
     parser.add_argument(
         "--limit", type=float, default=3600, help="seconds after which a step is given up"
     )
-    arguments = parser.parse_args(argv)
     try:
-        return check(arguments)
+        return check(parser.parse_args(argv))
     except CannotRun as reason:
         print(f"gpu-check: {reason}", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ import ctypes
 import math
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastalps.errors import UserError
 
 # A sample shorter than this drowns in the clock's and the scheduler's noise.
 SAMPLE_SECONDS = 5e-3
@@ -132,12 +135,18 @@ def run_case(case: Case, settings: Settings) -> dict[str, Any]:
         `about`, `ok`, and for timed cases `region`, `amounts`, `details` and `candidates`: for
         each its dtype, `error`, `tolerance`, `seconds` (median, p10, p90, rounds) and
         `ratio` (its time over the first candidate's, by rounds: median, p10, p90); or `absent`;
-        or `failed`, and then no times.
+        or `failed`, and then no times. A case that cannot even be prepared has `failed` itself.
     """
     if case.measure is not None:
         return {"about": case.about, **case.measure(settings)}
     assert case.prepare is not None
-    work = case.prepare(settings)
+    try:
+        work = case.prepare(settings)
+    except UserError:
+        raise
+    except Exception as failure:  # the other cases shall run
+        traceback.print_exc()
+        return {"about": case.about, "ok": False, "failed": first_line(failure), "figures": {}}
     rows = {candidate.name: _check(candidate, work) for candidate in work.candidates}
     ok = not any("failed" in rows[c.name] for c in work.candidates if c.ours)
     # Without a right answer of ours there is nothing to compare with.

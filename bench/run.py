@@ -11,7 +11,8 @@ groups:
             passes and bfloat16 in the full run
   scoring   uint8 frames to both scores of every patch (fastalps.Scorer), all patches and only those
             that move; against the same network in PyTorch eager (fp32, bf16, NCHW, channels-last),
-            torch.compile (full run), ONNX Runtime and OpenVINO where installed
+            torch.compile (full run), on CPUs ONNX Runtime and OpenVINO where installed. On CUDA:
+            UCSD Ped2's whole test set, on the device and from pinned memory, and a single frame
   training  one step of the autoencoder and of the distorter at batch 128, 28x28; against a plain
             PyTorch loop; the same of ten models, stacked, on streams (CUDA) and one by one
   memory    extra peak memory of the error ops; of scoring 100,000 frames (full run); import times
@@ -136,20 +137,24 @@ def _run(options: argparse.Namespace) -> int:
     kept = not options.fresh_memory and keep_freed_memory()
     where = f"{settings.device}, {settings.threads} threads, kernels: {backends.cpu_kernels()}"
     print(f"{settings.effort} run on {where}; freed memory is {'kept' if kept else 'given back'}")
+    tf32 = None
+    if settings.device == "cuda":
+        # By default cuDNN's convolutions round fp32 to 10 bits, which no fp32 check would pass.
+        tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        print(f"{torch.cuda.get_device_name()}; TF32 is off for every candidate")
     load = _load()
     if load is not None and load > 0.5:
         print(f"other work runs here (load {load:.1f} on {usable_cores()} cores): mind the spread")
     print(table.COLUMNS)
-    results = {}
+    results: dict[str, Any] = {}
+    rounds, seconds = EFFORT[settings.effort]
     for case in chosen:
         results[case.name] = run_case(case, settings)
         print()
         print("\n".join(table.case_lines(case.name, results[case.name])), flush=True)
-    if old is not None:
-        print()
-        print("\n".join(table.comparison_lines(old, results)))
-    if options.out is not None:
-        rounds, seconds = EFFORT[settings.effort]
+        if options.out is None:
+            continue
+        # After each case: a run that is stopped leaves what it found.
         record = result_record(
             PROTOCOL,
             results,
@@ -159,12 +164,16 @@ def _run(options: argparse.Namespace) -> int:
             seconds_a_case=seconds,
             device=settings.device,
             threads=settings.threads,
+            tf32=tf32,
             freed_memory_kept=kept,
             load_before=load,
             cpu_kernels=backends.cpu_kernels(),
             peers=peers.versions(),
         )
         write_json(options.out, record)
+    if old is not None:
+        print()
+        print("\n".join(table.comparison_lines(old, results)))
     failed = [name for name, result in results.items() if not result["ok"]]
     if failed:
         print(f"\nfailed: {', '.join(failed)}", file=sys.stderr)

@@ -1,17 +1,24 @@
-"""The registry: one module a group, each with `cases(settings)`."""
+"""The registry: the modules of each group, each with `cases(settings)`."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 
 from bench.harness import Case, Settings
 
-GROUPS = ("ops", "scoring", "training", "memory")
+GROUPS = {
+    "ops": ("ops",),
+    "scoring": ("scoring", "gpu_scoring"),
+    "training": ("training",),
+    "memory": ("memory",),
+}
 
 
-def load(groups: tuple[str, ...], settings: Settings) -> list[Case]:
-    """The cases of these groups at the settings' effort, in order."""
+def load(groups: Iterable[str], settings: Settings) -> list[Case]:
+    """The cases of these groups at the settings' effort and device, in order."""
     found: list[Case] = []
     for group in groups:
-        found += importlib.import_module(f"bench.cases.{group}").cases(settings)
+        for module in GROUPS[group]:
+            found += importlib.import_module(f"bench.cases.{module}").cases(settings)
     return found
