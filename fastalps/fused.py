@@ -8,10 +8,13 @@ sums float32, errors float32. No patch is copied and no reconstruction is stored
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from fastalps import backends, ops
+from fastalps.chunks import Plan
 from fastalps.fused_packing import SHAPES, pack_fused, shape_number, sizes
 from fastalps.inference import Cut, Passes
 from fastalps.inputs import unit_pixels
@@ -21,6 +24,9 @@ from fastalps.models import ALPS, BOUNDS, ModelConfig
 BLOCK_PATCHES = 16
 # Flags that one step of the motion gate's scan covers: kTile of csrc/cuda/active_patches.cu.
 GATE_TILE = 4096
+# Bytes that a call's patches would take as float32, if they were stored: the gate's lists of a call
+# take a two-hundredth of it.
+FUSED_BYTES = 1 << 30
 # Patches of one native call: csrc/bindings_fused.cpp counts them in 32 bits.
 MOST_PATCHES = 1 << 29
 
@@ -116,6 +122,11 @@ class FusedEngine:
         packed = pack_fused(model)
         self.weights.copy_(packed.weights)
         self.biases.copy_(packed.biases)
+
+    def whole_chunks(self, plan: Plan) -> Plan:
+        """The plan with pieces of whole chunks: a part of one takes the first half of M as long."""
+        patches = plan.step * plan.patches // self.chunk * self.chunk
+        return replace(plan, step=max(1, patches // plan.patches)) if patches else plan
 
     def errors(self, images: Tensor, passes: Passes) -> Tensor:
         """See `fastalps.frame_errors.Network.errors`."""

@@ -18,7 +18,7 @@ from fastalps.chunks import PATCH_BYTES, plan_chunks
 from fastalps.engine import Engine, log_layer_by_layer, why_not
 from fastalps.frame_errors import Network, frame_errors
 from fastalps.frame_scores import FrameScores, check_frame_reduce, reduce_patches
-from fastalps.fused import FusedEngine
+from fastalps.fused import FUSED_BYTES, FusedEngine
 from fastalps.fused import why_not as why_not_fused
 from fastalps.gate import STREAM_SAMPLES, MotionGate, StreamingBackground, clip_background
 from fastalps.inference import (
@@ -308,7 +308,10 @@ class Scorer:
         self, frames: Pixels | Iterable[Pixels], kinds: Sequence[str]
     ) -> dict[str, FrameScores] | Iterator[dict[str, FrameScores]]:
         if is_array(frames):
-            return self._finished(self._launch(frames, kinds), kinds)  # type: ignore[arg-type]
+            # From the host in pieces: the next is copied while the device computes.
+            staging = self._staging() if home(frames).type == "cpu" else None  # type: ignore[arg-type]
+            pending = self._launch(frames, kinds, staging=staging)  # type: ignore[arg-type]
+            return self._finished(pending, kinds)
         if not isinstance(frames, Iterable):
             raise TypeError(
                 "frames must be a tensor, an array or an iterable of them, "
@@ -387,11 +390,20 @@ class Scorer:
         if frames.ndim == 4 and self.channels == 1:
             frames = frames[:, 0]
         size = (int(frames.shape[-2]), int(frames.shape[-1]))
+        network = self._network()
         plan = plan_chunks(
-            size, self.patch_size, self.stride, self.edge, bytes_per_pixel=4 * self.channels
+            size,
+            self.patch_size,
+            self.stride,
+            self.edge,
+            bytes_per_pixel=4 * self.channels,
+            # Without patches in memory, pieces are limited by what holds the frames.
+            limit=FUSED_BYTES if isinstance(network, FusedEngine) else PATCH_BYTES,
         )
         if staging is not None:
             plan = staging.limit(plan, frames[:1].nbytes)
+        if isinstance(network, FusedEngine):
+            plan = network.whole_chunks(plan)
         passes: Passes = "both" if len(kinds) > 1 else passes_for(kinds[0])
         if self.gate is not None and background is None and len(frames):
             background = self.gate.background
@@ -400,7 +412,7 @@ class Scorer:
         threshold = None if self.gate is None else self.gate.threshold
         cut = (self.patch_size, self.stride, self.edge)
         errors, kept = frame_errors(
-            self._network(), frames, plan, cut, passes, threshold, background, offset, staging
+            network, frames, plan, cut, passes, threshold, background, offset, staging
         )
         if staging is None:
             return _Pending(errors, kept, size)

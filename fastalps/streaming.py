@@ -24,9 +24,9 @@ Item = TypeVar("Item")
 # Stages in `StageTimes.worked`: what the device did, and how long the host waited for it.
 COPY, COMPUTE, DEVICE_WAIT = "copy", "compute", "device wait"
 
-# Bytes of pixels that a buffer takes, unless a single frame has more: few against any memory, and
-# many against what starting a copy costs.
-BUFFER_BYTES = 1 << 25
+# Bytes of pixels that a buffer takes, unless a single frame has more: two of them and the fused
+# kernels' scratch take less than 64 MB, and starting a copy costs little beside it.
+BUFFER_BYTES = 12 << 20
 
 
 class _Buffer:

@@ -42,9 +42,11 @@ from fastalps.environment import has_fast_bfloat16
 from fastalps.fused import FusedEngine, why_not
 from fastalps.gate import clip_background
 
-# Frames whose patches the peers take at once, and that come at a time from the host. They divide
-# the 2,010 of Ped2's test set: torch.compile sees one shape only.
+# Frames whose patches the peers take at once. They divide the 2,010 of Ped2's test set:
+# torch.compile sees one shape only.
 BATCH = 67
+# Frames that come at a time from the host: 12,672 patches, whole chunks of 132 multiprocessors.
+STREAMED = 132
 # The float64 reference takes as many at once: some gigabytes.
 EXACT_BATCH = 20
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -223,7 +225,7 @@ def _prepare_from_host(preset: str) -> Callable[[Settings], Work]:
     def prepare(settings: Settings) -> Work:
         frames, resident = _on_host(settings), _on_device(settings)
         scorer = make_scorer(trained(settings, preset), "bf16", None, settings.device)
-        chunk = settings.pick(2, BATCH, BATCH)
+        chunk = settings.pick(2, STREAMED, STREAMED)
         streamed, whole = streamed_run(scorer, chunk), scorer_run(scorer)
         reason = _no_bf16(settings)
         candidates = [
