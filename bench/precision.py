@@ -4,11 +4,16 @@ Trains a network for a few epochs on one class of MNIST, and one on what moves i
 of change since the frame before), then scores the test images, or every patch of every 20th test
 frame, in each precision: the relative error against float64, the AUROC and how far it moved from
 fp32. Errors do not depend on which instructions compute them but for rounding.
+
+With --device cuda it trains nothing: the pretrained networks score MNIST's test images and every
+patch of every 20th test frame of Ped2 on the GPU, in fp32 layer by layer and in bf16 as the scorer
+has it.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import time
 from collections.abc import Sequence
@@ -22,12 +27,13 @@ import torch
 from torch import Tensor
 
 import fastalps
-from bench import peers
 from bench.command_line import Parser, guarded
 from fastalps import metrics, ops, protocols
 from fastalps.data import load_images, load_ucsd, motion_frames, moving_patches
+from fastalps.data.idx import read_idx
 from fastalps.engine import Engine
 from fastalps.environment import result_record
+from fastalps.errors import UserError
 from fastalps.files import write_json
 from fastalps.models import PRESETS
 from fastalps.quantization import quantize
@@ -53,21 +59,38 @@ def _ped2(root: Path, images: int) -> tuple[Tensor, Tensor, Tensor]:
         fastalps.data.Clip(clip.name, motion_frames(clip.frames), None, None)
         for clip in load_ucsd(folder, "ped2", "train")
     ]
+    return moving_patches(normal, PATCH, gate), *_ped2_test(root)
+
+
+def _ped2_test(root: Path) -> tuple[Tensor, Tensor]:
+    """(patches of change, labels), of every EVERYth frame."""
     patches, labels = [], []
-    for clip in load_ucsd(folder, "ped2", "test"):
+    for clip in load_ucsd(root / "UCSDped2", "ped2", "test"):
         part = slice(1, None, EVERY)
         tiles = ops.tile_patches(motion_frames(clip.frames)[part], PATCH, scale=1.0)
         patches.append(tiles.to(torch.uint8).flatten(0, 1))
         labels.append(protocols.patch_labels(clip.masks[part], PATCH).flatten())
-    images_, marks = torch.cat(patches), torch.cat(labels)
+    images, marks = torch.cat(patches), torch.cat(labels)
     sure = marks >= 0
-    return moving_patches(normal, PATCH, gate), images_[sure], marks[sure] == 1
+    return images[sure], marks[sure] == 1
+
+
+def _mnist_test(root: Path) -> tuple[Tensor, Tensor]:
+    """(test images, which are not zeros)."""
+    images, digits = (
+        torch.from_numpy(read_idx(root / "mnist" / f"t10k-{name}-ubyte.gz", dimensions))
+        for name, dimensions in (("images-idx3", 3), ("labels-idx1", 1))
+    )
+    return images[:, None], digits != 0
 
 
 def _exact(model: fastalps.ALPS, images: Tensor) -> Tensor:
-    network = peers.EagerNetwork(model).double()
+    # Smoothing is the model's, not the peer's.
+    network = copy.deepcopy(model).double().eval()
     with torch.inference_mode():
-        return torch.cat([network(part.double() / 255) for part in images.split(256)], 1)
+        return torch.cat(
+            [torch.stack(network.score(part.double() / 255)[:2]) for part in images.split(256)], 1
+        )
 
 
 def _compare(model: fastalps.ALPS, train: Tensor, images: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -76,20 +99,39 @@ def _compare(model: fastalps.ALPS, train: Tensor, images: Tensor, labels: Tensor
     rows: dict[str, Any] = {}
     for precision in ("fp32", "bf16", "int8"):
         engine = Engine(model, precision=precision, ranges=model.quantization.ranges)
-        errors = engine.errors(images, "both")
-        away = ((errors.double() - exact).abs() / exact).flatten()
-        kinds = dict(zip(SCORES, (*errors, errors.mean(0)), strict=True))
-        row: dict[str, Any] = {
-            "relative_error": {str(q): _quantile(away, q) for q in QUANTILES},
-            "auroc": {kind: metrics.auroc(values, labels) for kind, values in kinds.items()},
-        }
+        rows[precision] = _row(engine.errors(images, "both"), exact, labels, rows.get("fp32"))
         if precision != "fp32":
-            whole = rows["fp32"]["auroc"]
-            row["moved"] = {kind: row["auroc"][kind] - whole[kind] for kind in SCORES}
             agreement = model.quantization.agreement[precision]
-            row["normal_images"] = vars(agreement) | {"close": agreement.close}
-        rows[precision] = row
+            rows[precision]["normal_images"] = vars(agreement) | {"close": agreement.close}
     return rows
+
+
+def _compare_on(
+    device: str, model: fastalps.ALPS, images: Tensor, labels: Tensor
+) -> dict[str, Any]:
+    exact = _exact(model, images)
+    rows: dict[str, Any] = {}
+    for precision in ("fp32", "bf16"):
+        scorer = fastalps.Scorer(model, precision=precision, device=device)
+        errors = torch.stack(scorer.scores_images(images)[:2])
+        rows[precision] = _row(errors, exact, labels, rows.get("fp32"))
+        rows[precision]["method"] = scorer.method
+    return rows
+
+
+def _row(
+    errors: Tensor, exact: Tensor, labels: Tensor, whole: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Of (2, N) errors; `whole`: the row of fp32, None for that itself."""
+    away = ((errors.double() - exact).abs() / exact).flatten()
+    kinds = dict(zip(SCORES, (*errors, errors.mean(0)), strict=True))
+    row: dict[str, Any] = {
+        "relative_error": {str(q): _quantile(away, q) for q in QUANTILES},
+        "auroc": {kind: metrics.auroc(values, labels) for kind, values in kinds.items()},
+    }
+    if whole is not None:
+        row["moved"] = {kind: row["auroc"][kind] - whole["auroc"][kind] for kind in SCORES}
+    return row
 
 
 def _quantile(values: Tensor, q: float) -> float:
@@ -107,14 +149,33 @@ def _print(name: str, rows: dict[str, Any]) -> None:
         text = f"  {precision}: {errors}; {areas}"
         if "moved" in row:
             moved = ", ".join(f"{100 * row['moved'][kind]:+.3f}" for kind in SCORES)
+            text += f" ({moved})"
+        if "method" in row:
+            text += f"; {row['method']}"
+        if "normal_images" in row:
             found = row["normal_images"]
-            text += f" ({moved}); held-out normal images: rank correlation "
+            text += "; held-out normal images: rank correlation "
             text += f"{found['correlation']:.5f}, median difference {found['difference']:.1e}, "
             text += f'{"" if found["close"] else "not "}near enough for precision="auto"'
         print(text, flush=True)
 
 
+def _pretrained(options: argparse.Namespace) -> int:
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device here; use cpu")
+    results = {}
+    for name, load in (("mnist-0", _mnist_test), ("ucsd-ped2-motion", _ped2_test)):
+        model = fastalps.load_pretrained(name)
+        results[name] = _compare_on(options.device, model, *load(options.root))
+        _print(name, results[name])
+    if options.out is not None:
+        write_json(options.out, result_record("precision", results, seed=None, device="cuda"))
+    return 0
+
+
 def _run(options: argparse.Namespace) -> int:
+    if options.device == "cuda":
+        return _pretrained(options)
     torch.set_num_threads(options.threads)
     results = {}
     for name, load in (("MNIST, class 2", _mnist), ("UCSD Ped2, change", _ped2)):
@@ -152,6 +213,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--epochs", type=int, default=3, help="of the trainings (default: 3)")
     parser.add_argument("--images", type=int, default=4000, help="of MNIST's test (default: 4000)")
+    parser.add_argument(
+        "--device", default="cpu", choices=("cpu", "cuda"), help="where scores are computed"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of this process (default: 1)")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of the data sets")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the results there")

@@ -228,6 +228,9 @@ Tensor squared_error_backward(Tensor grad, Tensor values, Tensor target, bool si
   return result;
 }
 
+// So many pairs take 4 MiB.
+constexpr int64_t kEarlyPatches = int64_t{1} << 18;
+
 std::tuple<Tensor, Tensor> active_patches(Tensor frames, Tensor background, Sizes patch_size,
                                           Sizes stride, bool cover, ScalarType dtype, double scale,
                                           double shift, double threshold) {
@@ -239,27 +242,37 @@ std::tuple<Tensor, Tensor> active_patches(Tensor frames, Tensor background, Size
       frames.const_data_ptr(), DType::kUInt8,   frames.size(0), 1, frames.stride(0), 0,
       frames.stride(1),        frames.stride(2)};
   const int64_t patches = frames.size(0) * grid.count();
-  Tensor flags = empty(frames, {patches}, ScalarType::Byte);
-  Tensor offsets = empty(frames, {cuda::active_tiles(patches) + 1}, ScalarType::Long);
-  auto* marked = static_cast<uint8_t*>(flags.mutable_data_ptr());
-  auto* places = static_cast<int64_t*>(offsets.mutable_data_ptr());
+  const int64_t tiles = cuda::active_tiles(patches);
+  // The flags, and behind them what has to be aligned to 8 bytes.
+  const int64_t flag_bytes = (patches + 15) / 16 * 16;
+  constexpr int64_t kPlaceBytes = sizeof(int64_t);
+  Tensor scratch = empty(frames, {flag_bytes + kPlaceBytes * (tiles + 1)}, ScalarType::Byte);
+  auto* flags = static_cast<uint8_t*>(scratch.mutable_data_ptr());
+  auto* offsets = reinterpret_cast<int64_t*>(flags + flag_bytes);
+  // Where it costs little memory, pairs are written while the host waits for their number, to a
+  // tensor with room for all patches.
+  const bool early = patches <= kEarlyPatches;
+  Tensor index = empty(frames, {early ? patches : 0, 2}, ScalarType::Long);
+  auto* pairs = static_cast<int64_t*>(index.mutable_data_ptr());
   int64_t kept = 0;
   check_launch(cuda::active_count(view, matrix_of(background), grid,
-                                  activity_limit(threshold, grid.patch_pixels()), marked, places,
-                                  &kept, launch.stream()),
+                                  activity_limit(threshold, grid.patch_pixels()), flags, offsets,
+                                  early ? pairs : nullptr, &kept, launch.stream()),
                "active_patches");
-  Tensor index = empty(frames, {kept, 2}, ScalarType::Long);
   Tensor cut = empty(frames, {kept, 1, patch_size[0], patch_size[1]}, dtype);
   check_floating(cut);
-  // Without a patch to keep, `index` is a null pointer, which would stand for all patches.
-  if (kept == 0) return {cut, index};
-  auto* pairs = static_cast<int64_t*>(index.mutable_data_ptr());
-  check_launch(cuda::active_index(marked, places, patches, grid.count(), pairs, launch.stream()),
-               "active_patches");
+  // Without a patch to keep, `pairs` may be a null pointer, which would stand for all patches.
+  if (kept == 0) return {cut, empty(frames, {0, 2}, ScalarType::Long)};
+  if (!early) {
+    index = empty(frames, {kept, 2}, ScalarType::Long);
+    pairs = static_cast<int64_t*>(index.mutable_data_ptr());
+    check_launch(cuda::active_index(flags, offsets, patches, grid.count(), pairs, launch.stream()),
+                 "active_patches");
+  }
   check_launch(cuda::tile_patches(view, grid, cut.mutable_data_ptr(), dtype_of(dtype), scale, shift,
                                   pairs, kept, launch.stream()),
                "active_patches");
-  return {cut, index};
+  return {cut, early ? torch::stable::narrow(index, 0, 0, kept) : index};
 }
 
 }  // namespace

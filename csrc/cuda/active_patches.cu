@@ -8,52 +8,155 @@ namespace {
 constexpr int kItemsPerThread = 16;
 constexpr int64_t kTile = int64_t{kThreads} * kItemsPerThread;
 
+// So many tiles are indexed by one launch, whose blocks count what comes before them themselves.
+// Beyond, the counts would take longer than the two launches that they save.
+constexpr int64_t kFewTiles = 64;
+
+// Rows of a patch that a thread reads before it needs the first of them.
+template <int kUnit>
+constexpr int kRows = kUnit == 8 ? 4 : 8;
+
 struct DifferenceArguments {
   const uint8_t* frames;
   const uint8_t* background;
-  int64_t frame_count;
+  int64_t bands;  // Rows of patches in all the frames.
   int64_t frame_stride, frame_row_stride, frame_column_stride;
   int64_t background_row_stride, background_column_stride;
-  int64_t stride_height, stride_width, last_row, last_column;
-  uint32_t groups;  // Of kUnit pixels in a patch.
-  Divider groups_per_row;
-  WideDivider columns, count;
+  int64_t columns, stride_height, stride_width, last_row, last_column;
+  uint32_t patch_height, patch_width;
+  WideDivider rows;  // Of patches in a frame.
+  // Of a block's threads: so many side by side for the width of a patch, for a few patches side by
+  // side, for the rows of each, and for so many bands.
+  Divider lanes, patches, phases;
+  uint32_t bands_per_block;
+  // Of the grid: so many blocks beside each other for the patches of a band, so many rows of those.
+  Divider blocks_across;
+  uint32_t blocks_down;
   int64_t limit;
 };
 
-// A warp for each patch. kUnit bytes of a row are read and compared at once.
+// Bytes in words of four, and which of them belong to a patch.
 template <int kUnit>
-__global__ void __launch_bounds__(kThreads)
-    patch_differences_kernel(DifferenceArguments arguments, uint8_t* __restrict__ flags) {
+struct Unit {
   using Word = typename WordOf<kUnit>::Type;
-  const int64_t patches = arguments.frame_count * arguments.count.divisor;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
-  for (int64_t item = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; item < patches;
-       item += step) {
-    int64_t column_index = item;
-    const int64_t frame = arguments.count.split(column_index);
-    const int64_t row = arguments.columns.split(column_index);
-    const int64_t top = min(row * arguments.stride_height, arguments.last_row);
-    const int64_t left = min(column_index * arguments.stride_width, arguments.last_column);
-    const uint8_t* pixels = arguments.frames + frame * arguments.frame_stride +
-                            top * arguments.frame_row_stride + left * arguments.frame_column_stride;
-    const uint8_t* still = arguments.background + top * arguments.background_row_stride +
-                           left * arguments.background_column_stride;
-    unsigned long long sum = 0;
-#pragma unroll 4
-    for (uint32_t group = threadIdx.x; group < arguments.groups; group += 32) {
-      uint32_t x = group;
-      const int64_t y = arguments.groups_per_row.split(x);
-      const int64_t column = static_cast<int64_t>(x) * kUnit;
-      const uint32_t a = __ldg(reinterpret_cast<const Word*>(
-          pixels + y * arguments.frame_row_stride + column * arguments.frame_column_stride));
-      const uint32_t b =
-          __ldg(reinterpret_cast<const Word*>(still + y * arguments.background_row_stride +
-                                              column * arguments.background_column_stride));
-      sum += __vsadu4(a, b);
+  static constexpr int kWords = kUnit < 4 ? 1 : kUnit / 4;
+
+  uint32_t word[kWords] = {};
+
+  __device__ __forceinline__ static Unit load(const uint8_t* source) {
+    Unit unit;
+    if constexpr (kUnit < 4) {
+      unit.word[0] = __ldg(reinterpret_cast<const Word*>(source));
+    } else {
+      const Word word = __ldg(reinterpret_cast<const Word*>(source));
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) unit.word[i] = reinterpret_cast<const uint32_t*>(&word)[i];
     }
-    sum = row_sum(sum);
-    if (threadIdx.x == 0) flags[item] = static_cast<int64_t>(sum) > arguments.limit;
+    return unit;
+  }
+
+  // The bytes [from, to) of the unit, not none and at most 8.
+  __device__ __forceinline__ static Unit mask(uint32_t from, uint32_t to) {
+    const uint64_t bytes = (~uint64_t{0} << (8 * from)) & (~uint64_t{0} >> (64 - 8 * to));
+    Unit unit;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) unit.word[i] = static_cast<uint32_t>(bytes >> (32 * i));
+    return unit;
+  }
+};
+
+// The sum of absolute differences where `mask` is set.
+template <int kUnit>
+__device__ __forceinline__ uint32_t differences(const Unit<kUnit>& a, const Unit<kUnit>& b,
+                                                const Unit<kUnit>& mask, uint32_t sum) {
+#pragma unroll
+  for (int i = 0; i < Unit<kUnit>::kWords; ++i) {
+    sum += __vsadu4(a.word[i], (b.word[i] & mask.word[i]) | (a.word[i] & ~mask.word[i]));
+  }
+  return sum;
+}
+
+// A block takes whole rows of patches where it can, and its threads whole units of kUnit bytes:
+// they read rows of pixels without a gap, and what of a unit lies outside of a thread's patch is
+// masked.
+template <int kUnit>
+__global__ void __launch_bounds__(kThreads, 4)
+    patch_differences_kernel(DifferenceArguments arguments, uint8_t* __restrict__ flags) {
+  constexpr uint32_t kStep = kRows<kUnit>;
+  // Wider units are for rows of adjacent pixels whose strides fit 32 bits.
+  using Stride = std::conditional_t<kUnit == 1, int64_t, uint32_t>;
+  const auto frame_row = static_cast<Stride>(arguments.frame_row_stride);
+  const auto background_row = static_cast<Stride>(arguments.background_row_stride);
+  const uint32_t lanes = arguments.lanes.divisor, phases = arguments.phases.divisor;
+  const uint32_t patches = arguments.patches.divisor, bands = arguments.bands_per_block;
+  __shared__ unsigned long long sums[kThreads];
+
+  uint32_t lane = threadIdx.x;
+  uint32_t place = arguments.lanes.split(lane);
+  uint32_t phase = arguments.patches.split(place);
+  const uint32_t level = arguments.phases.split(phase);
+  uint32_t across = blockIdx.x;
+  const uint32_t down = arguments.blocks_across.split(across);
+  const int64_t first_column = static_cast<int64_t>(across) * patches;
+  const bool busy = level < bands && first_column + place < arguments.columns;
+  int64_t left = min((first_column + place) * arguments.stride_width, arguments.last_column);
+  const uint32_t before = static_cast<uint32_t>(left % kUnit);
+  const uint32_t end = before + arguments.patch_width;
+  left -= before;
+
+  for (int64_t band = static_cast<int64_t>(down) * bands; band < arguments.bands;
+       band += static_cast<int64_t>(arguments.blocks_down) * bands) {
+    unsigned long long sum = 0;
+    if (busy && band + level < arguments.bands) {
+      int64_t row = band + level;
+      const int64_t frame = arguments.rows.split(row);
+      const int64_t top = min(row * arguments.stride_height, arguments.last_row);
+      const uint8_t* const pixels =
+          arguments.frames + frame * arguments.frame_stride + top * arguments.frame_row_stride;
+      const uint8_t* const still = arguments.background + top * arguments.background_row_stride;
+      for (uint32_t x = lane * kUnit; x < end; x += lanes * kUnit) {
+        const auto mask =
+            Unit<kUnit>::mask(x == 0 ? before : 0, min(end - x, static_cast<uint32_t>(kUnit)));
+        const uint8_t* const here =
+            pixels + (left + x) * (kUnit == 1 ? arguments.frame_column_stride : 1);
+        const uint8_t* const there =
+            still + (left + x) * (kUnit == 1 ? arguments.background_column_stride : 1);
+        for (uint32_t y = phase; y < arguments.patch_height; y += phases * kStep) {
+          Unit<kUnit> a[kStep], b[kStep];
+#pragma unroll
+          for (uint32_t k = 0; k < kStep; ++k) {
+            // Below the patch the last row again, which is not counted.
+            const uint32_t line = min(y + k * phases, arguments.patch_height - 1);
+            a[k] = Unit<kUnit>::load(here + static_cast<int64_t>(line) * frame_row);
+            b[k] = Unit<kUnit>::load(there + static_cast<int64_t>(line) * background_row);
+          }
+          uint32_t part = 0;
+#pragma unroll
+          for (uint32_t k = 0; k < kStep; ++k) {
+            if (y + k * phases < arguments.patch_height) {
+              part = differences(a[k], b[k], mask, part);
+            }
+          }
+          sum += part;
+        }
+      }
+    }
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    // A thread for each patch, whose lanes lie side by side, its phases a row of patches apart.
+    uint32_t column = threadIdx.x;
+    const uint32_t told = arguments.patches.split(column);
+    if (told < bands && band + told < arguments.bands &&
+        first_column + column < arguments.columns) {
+      unsigned long long total = 0;
+      for (uint32_t p = 0; p < phases; ++p) {
+        const uint32_t start = ((told * phases + p) * patches + column) * lanes;
+        for (uint32_t i = 0; i < lanes; ++i) total += sums[start + i];
+      }
+      flags[(band + told) * arguments.columns + first_column + column] =
+          static_cast<int64_t>(total) > arguments.limit;
+    }
+    __syncthreads();
   }
 }
 
@@ -82,9 +185,17 @@ __device__ __forceinline__ T block_scan(T value, T* total) {
 }
 
 // The flags of one thread's consecutive items, as bits.
-__device__ __forceinline__ uint32_t flag_bits(const uint8_t* flags, int64_t start,
-                                              int64_t patches) {
+__device__ __forceinline__ uint32_t flag_bits(const uint8_t* flags, int64_t start, int64_t patches,
+                                              bool wide) {
   uint32_t bits = 0;
+  if (wide && start + kItemsPerThread <= patches) {
+    const uint4 read = *reinterpret_cast<const uint4*>(flags + start);
+    const uint32_t words[] = {read.x, read.y, read.z, read.w};
+    // Each factor's bit moves one byte's flag to its place in the highest byte; none meet below.
+#pragma unroll
+    for (int i = 0; i < 4; ++i) bits |= (words[i] * 0x01020408u >> 24) << (4 * i);
+    return bits;
+  }
 #pragma unroll
   for (int k = 0; k < kItemsPerThread; ++k) {
     if (start + k < patches && flags[start + k] != 0) bits |= 1u << k;
@@ -92,20 +203,31 @@ __device__ __forceinline__ uint32_t flag_bits(const uint8_t* flags, int64_t star
   return bits;
 }
 
+// Writes the pairs of the patches whose bits are set, from `place` on.
+__device__ __forceinline__ void write_pairs(uint32_t bits, int64_t start, int64_t place,
+                                            const WideDivider& patches_per_frame,
+                                            int64_t* __restrict__ kept) {
+  for (; bits != 0; bits &= bits - 1, ++place) {
+    int64_t patch = start + __ffs(static_cast<int>(bits)) - 1;
+    kept[2 * place] = patches_per_frame.split(patch);
+    kept[2 * place + 1] = patch;
+  }
+}
+
 __global__ void __launch_bounds__(kThreads)
-    count_flags_kernel(const uint8_t* __restrict__ flags, int64_t patches, int64_t tiles,
+    count_flags_kernel(const uint8_t* __restrict__ flags, int64_t patches, int64_t tiles, bool wide,
                        int64_t* __restrict__ counts) {
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int64_t start = tile * kTile + threadIdx.x * kItemsPerThread;
     int32_t total;
-    block_scan(static_cast<int32_t>(__popc(flag_bits(flags, start, patches))), &total);
+    block_scan(static_cast<int32_t>(__popc(flag_bits(flags, start, patches, wide))), &total);
     if (threadIdx.x == 0) counts[tile] = total;
   }
 }
 
 // One block: counts become exclusive offsets in place, with the grand total behind them.
 __global__ void __launch_bounds__(kThreads)
-    scan_counts_kernel(int64_t* __restrict__ counts, int64_t tiles) {
+    scan_counts_kernel(int64_t* __restrict__ counts, int64_t tiles, int64_t* __restrict__ told) {
   int64_t carry = 0;
   for (int64_t start = 0; start < tiles; start += kThreads) {
     const int64_t tile = start + threadIdx.x;
@@ -114,38 +236,172 @@ __global__ void __launch_bounds__(kThreads)
     if (tile < tiles) counts[tile] = carry + before;
     carry += total;
   }
-  if (threadIdx.x == 0) counts[tiles] = carry;
+  if (threadIdx.x == 0) {
+    counts[tiles] = carry;
+    if (told != nullptr) *told = carry;
+  }
 }
 
 __global__ void __launch_bounds__(kThreads)
     write_index_kernel(const uint8_t* __restrict__ flags, const int64_t* __restrict__ offsets,
-                       int64_t patches, WideDivider patches_per_frame, int64_t tiles,
+                       int64_t patches, WideDivider patches_per_frame, int64_t tiles, bool wide,
                        int64_t* __restrict__ kept) {
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int64_t start = tile * kTile + threadIdx.x * kItemsPerThread;
-    uint32_t bits = flag_bits(flags, start, patches);
+    const uint32_t bits = flag_bits(flags, start, patches, wide);
     int32_t total;
-    int64_t place = offsets[tile] + block_scan(static_cast<int32_t>(__popc(bits)), &total);
-    for (; bits != 0; bits &= bits - 1, ++place) {
-      int64_t patch = start + __ffs(static_cast<int>(bits)) - 1;
-      kept[2 * place] = patches_per_frame.split(patch);
-      kept[2 * place + 1] = patch;
+    const int32_t before = block_scan(static_cast<int32_t>(__popc(bits)), &total);
+    write_pairs(bits, start, offsets[tile] + before, patches_per_frame, kept);
+  }
+}
+
+// The three of them at once, a block for each of at most kFewTiles tiles of aligned flags. Without
+// `kept` only the offsets are wanted.
+__global__ void __launch_bounds__(kThreads)
+    few_flags_kernel(const uint8_t* __restrict__ flags, int64_t patches,
+                     WideDivider patches_per_frame, int64_t* __restrict__ offsets,
+                     int64_t* __restrict__ kept, int64_t* __restrict__ told) {
+  const uint32_t tile = blockIdx.x;
+  const int64_t start = tile * kTile + threadIdx.x * kItemsPerThread;
+  // Flags are added up as bytes: four a tile, so that none overflows.
+  static_assert(4 * (kFewTiles - 1) < 256);
+  const uint4* earlier = reinterpret_cast<const uint4*>(flags) + threadIdx.x;
+  uint32_t bytes = 0;
+#pragma unroll 8
+  for (uint32_t other = 0; other < tile; ++other) {
+    const uint4 read = earlier[other * kThreads];
+    bytes += read.x + read.y + read.z + read.w;
+  }
+  const uint32_t bits = flag_bits(flags, start, patches, true);
+  int32_t base, total;
+  block_scan(static_cast<int32_t>(__vsadu4(bytes, 0u)), &base);
+  const int32_t before = block_scan(static_cast<int32_t>(__popc(bits)), &total);
+  if (kept != nullptr) write_pairs(bits, start, base + before, patches_per_frame, kept);
+  if (threadIdx.x == 0) {
+    offsets[tile] = base;
+    if (tile + 1 == gridDim.x) {
+      offsets[tile + 1] = base + total;
+      if (told != nullptr) *told = base + total;
     }
   }
 }
 
+// Whether both can be read in units of so many bytes, none of which leaves its row.
 bool reads_units(const FrameView& frames, const Matrix& background, const PatchGrid& grid,
                  int64_t unit) {
-  if (unit == 1) return true;
-  const int64_t last_column = grid.width - grid.patch_width;
-  const bool moved_back = (grid.columns - 1) * grid.stride_width > last_column;
-  return frames.column_stride == 1 && background.column_stride == 1 &&
-         grid.patch_width % unit == 0 && (grid.columns == 1 || grid.stride_width % unit == 0) &&
-         (!moved_back || last_column % unit == 0) && frames.row_stride % unit == 0 &&
-         background.row_stride % unit == 0 &&
+  constexpr int64_t kReach = (int64_t{1} << 31) - 1;
+  return frames.column_stride == 1 && background.column_stride == 1 && grid.width % unit == 0 &&
+         frames.row_stride % unit == 0 && frames.row_stride <= kReach &&
+         background.row_stride % unit == 0 && background.row_stride <= kReach &&
          (frames.frames == 1 || frames.frame_stride % unit == 0) && aligned(frames.data, unit) &&
          aligned(background.data, unit);
 }
+
+template <int kUnit>
+cudaError_t launch_differences(const FrameView& frames, const Matrix& background,
+                               const PatchGrid& grid, int64_t limit, uint8_t* flags,
+                               cudaStream_t stream) {
+  // Patches start at multiples of `step`, which is the lowest bit set in any of these.
+  const int64_t last_column = grid.width - grid.patch_width;
+  const int64_t starts = grid.columns == 1 ? kUnit : kUnit | grid.stride_width | last_column;
+  const int64_t step = starts & -starts;
+  const int64_t lanes = std::min<int64_t>(ceil_divide(kUnit - step + grid.patch_width, kUnit), 32);
+  const int64_t blocks_across = ceil_divide(grid.columns, kThreads / lanes);
+  const int64_t patches = ceil_divide(grid.columns, blocks_across);
+  const int64_t bands = frames.frames * grid.rows;
+  // More rows a thread save setup, as long as the threads still fill the device.
+  constexpr int64_t kFewRows = kRows<kUnit>, kManyRows = 16, kResidentThreads = 1024;
+  const int64_t wide_phases = ceil_divide(grid.patch_height, kManyRows);
+  const bool full = bands * grid.columns * lanes * wide_phases >
+                    int64_t{2} * kResidentThreads * multiprocessors();
+  const int64_t phases = std::min(kThreads / (lanes * patches),
+                                  full ? wide_phases : ceil_divide(grid.patch_height, kFewRows));
+  const int64_t bands_per_block = kThreads / (lanes * patches * phases);
+  const int64_t blocks_down = std::max<int64_t>(
+      grid_blocks(ceil_divide(bands, bands_per_block) * blocks_across) / blocks_across, 1);
+  const DifferenceArguments arguments{static_cast<const uint8_t*>(frames.data),
+                                      static_cast<const uint8_t*>(background.data),
+                                      bands,
+                                      frames.frame_stride,
+                                      frames.row_stride,
+                                      frames.column_stride,
+                                      background.row_stride,
+                                      background.column_stride,
+                                      grid.columns,
+                                      std::min(grid.stride_height, grid.height),
+                                      std::min(grid.stride_width, grid.width),
+                                      grid.height - grid.patch_height,
+                                      last_column,
+                                      static_cast<uint32_t>(grid.patch_height),
+                                      static_cast<uint32_t>(grid.patch_width),
+                                      WideDivider(grid.rows),
+                                      Divider(lanes),
+                                      Divider(patches),
+                                      Divider(phases),
+                                      static_cast<uint32_t>(bands_per_block),
+                                      Divider(blocks_across),
+                                      static_cast<uint32_t>(blocks_down),
+                                      limit};
+  const auto blocks = static_cast<unsigned>(blocks_across * blocks_down);
+  patch_differences_kernel<kUnit><<<blocks, kThreads, 0, stream>>>(arguments, flags);
+  return cudaGetLastError();
+}
+
+// Flags, offsets, and what of the pairs and of their number at `told` is wanted.
+cudaError_t find_active(const FrameView& frames, const Matrix& background, const PatchGrid& grid,
+                        int64_t limit, uint8_t* flags, int64_t* offsets, int64_t* kept,
+                        int64_t* told, cudaStream_t stream) {
+  const int64_t patches = frames.frames * grid.count();
+  if (patches == 0) return cudaSuccess;
+  if (grid.patch_pixels() >= int64_t{1} << 31) return cudaErrorInvalidValue;
+  const auto reads = [&](int64_t unit) { return reads_units(frames, background, grid, unit); };
+  // Units of 16 bytes would save little: of a patch's narrow rows, they cover more of what is not.
+  const auto launch = reads(8)   ? launch_differences<8>
+                      : reads(4) ? launch_differences<4>
+                      : reads(2) ? launch_differences<2>
+                                 : launch_differences<1>;
+  cudaError_t status = launch(frames, background, grid, limit, flags, stream);
+  if (status != cudaSuccess) return status;
+  const int64_t tiles = active_tiles(patches);
+  const bool wide = aligned(flags, kItemsPerThread);
+  if (wide && tiles <= kFewTiles) {
+    few_flags_kernel<<<static_cast<unsigned>(tiles), kThreads, 0, stream>>>(
+        flags, patches, WideDivider(grid.count()), offsets, kept, told);
+    return cudaGetLastError();
+  }
+  count_flags_kernel<<<grid_blocks(tiles), kThreads, 0, stream>>>(flags, patches, tiles, wide,
+                                                                  offsets);
+  if ((status = cudaGetLastError()) != cudaSuccess) return status;
+  scan_counts_kernel<<<1, kThreads, 0, stream>>>(offsets, tiles, told);
+  if ((status = cudaGetLastError()) != cudaSuccess || kept == nullptr) return status;
+  return active_index(flags, offsets, patches, grid.count(), kept, stream);
+}
+
+// A number in the host's memory that kernels write, which saves a copy. Each thread has its own,
+// since it waits for one number before it asks for the next.
+class ToldNumber {
+ public:
+  ToldNumber() = default;
+  ToldNumber(const ToldNumber&) = delete;
+  ToldNumber& operator=(const ToldNumber&) = delete;
+  ~ToldNumber() {
+    if (place_ != nullptr) cudaFreeHost(place_);
+  }
+
+  // Null where the driver gives none.
+  int64_t* place() {
+    if (place_ == nullptr &&
+        cudaHostAlloc(&place_, sizeof(int64_t), cudaHostAllocPortable | cudaHostAllocMapped) !=
+            cudaSuccess) {
+      place_ = nullptr;
+      cudaGetLastError();  // The next launch must not take it for its own.
+    }
+    return static_cast<int64_t*>(place_);
+  }
+
+ private:
+  void* place_ = nullptr;
+};
 
 }  // namespace
 
@@ -153,56 +409,28 @@ int64_t active_tiles(int64_t patches) { return ceil_divide(patches, kTile); }
 
 cudaError_t active_flags(const FrameView& frames, const Matrix& background, const PatchGrid& grid,
                          int64_t limit, uint8_t* flags, int64_t* offsets, cudaStream_t stream) {
-  const int64_t patches = frames.frames * grid.count();
-  if (patches == 0) return cudaSuccess;
-  if (grid.patch_pixels() >= int64_t{1} << 31) return cudaErrorInvalidValue;
-  const dim3 block(32, kThreads / 32);
-  const int blocks = grid_blocks(ceil_divide(patches, block.y));
-  const auto launch = [&](auto kernel, int64_t unit) {
-    const DifferenceArguments arguments{static_cast<const uint8_t*>(frames.data),
-                                        static_cast<const uint8_t*>(background.data),
-                                        frames.frames,
-                                        frames.frame_stride,
-                                        frames.row_stride,
-                                        frames.column_stride,
-                                        background.row_stride,
-                                        background.column_stride,
-                                        std::min(grid.stride_height, grid.height),
-                                        std::min(grid.stride_width, grid.width),
-                                        grid.height - grid.patch_height,
-                                        grid.width - grid.patch_width,
-                                        static_cast<uint32_t>(grid.patch_pixels() / unit),
-                                        Divider(grid.patch_width / unit),
-                                        WideDivider(grid.columns),
-                                        WideDivider(grid.count()),
-                                        limit};
-    kernel<<<blocks, block, 0, stream>>>(arguments, flags);
-    return cudaGetLastError();
-  };
-  cudaError_t status =
-      reads_units(frames, background, grid, 4)   ? launch(patch_differences_kernel<4>, 4)
-      : reads_units(frames, background, grid, 2) ? launch(patch_differences_kernel<2>, 2)
-                                                 : launch(patch_differences_kernel<1>, 1);
-  if (status != cudaSuccess) return status;
-  const int64_t tiles = active_tiles(patches);
-  count_flags_kernel<<<grid_blocks(tiles), kThreads, 0, stream>>>(flags, patches, tiles, offsets);
-  if ((status = cudaGetLastError()) != cudaSuccess) return status;
-  scan_counts_kernel<<<1, kThreads, 0, stream>>>(offsets, tiles);
-  return cudaGetLastError();
+  return find_active(frames, background, grid, limit, flags, offsets, nullptr, nullptr, stream);
 }
 
 cudaError_t active_count(const FrameView& frames, const Matrix& background, const PatchGrid& grid,
-                         int64_t limit, uint8_t* flags, int64_t* offsets, int64_t* kept_count,
-                         cudaStream_t stream) {
+                         int64_t limit, uint8_t* flags, int64_t* offsets, int64_t* kept,
+                         int64_t* kept_count, cudaStream_t stream) {
   *kept_count = 0;
   const int64_t patches = frames.frames * grid.count();
   if (patches == 0) return cudaSuccess;
-  cudaError_t status = active_flags(frames, background, grid, limit, flags, offsets, stream);
-  if (status != cudaSuccess) return status;
-  status = cudaMemcpyAsync(kept_count, offsets + active_tiles(patches), sizeof(int64_t),
-                           cudaMemcpyDeviceToHost, stream);
-  if (status != cudaSuccess) return status;
-  return cudaStreamSynchronize(stream);
+  thread_local ToldNumber numbers;
+  int64_t* const told = numbers.place();
+  cudaError_t status =
+      find_active(frames, background, grid, limit, flags, offsets, kept, told, stream);
+  if (status == cudaSuccess && told == nullptr) {
+    status = cudaMemcpyAsync(kept_count, offsets + active_tiles(patches), sizeof(int64_t),
+                             cudaMemcpyDeviceToHost, stream);
+  }
+  if (status == cudaSuccess) status = cudaStreamSynchronize(stream);
+  if (status == cudaSuccess && told != nullptr) {
+    *kept_count = *static_cast<const volatile int64_t*>(told);
+  }
+  return status;
 }
 
 cudaError_t active_index(const uint8_t* flags, const int64_t* offsets, int64_t patches,
@@ -210,7 +438,8 @@ cudaError_t active_index(const uint8_t* flags, const int64_t* offsets, int64_t p
   const int64_t tiles = active_tiles(patches);
   if (tiles == 0) return cudaSuccess;
   write_index_kernel<<<grid_blocks(tiles), kThreads, 0, stream>>>(
-      flags, offsets, patches, WideDivider(patches_per_frame), tiles, kept);
+      flags, offsets, patches, WideDivider(patches_per_frame), tiles,
+      aligned(flags, kItemsPerThread), kept);
   return cudaGetLastError();
 }
 

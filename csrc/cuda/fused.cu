@@ -1,4 +1,6 @@
 // The fused scoring kernels and their launches: frames to errors by four kernels a chunk.
+#include <cstdlib>
+
 #include "device.h"
 #include "fused.h"
 #include "fused_decoder.cuh"
@@ -94,9 +96,7 @@ struct Stage {
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &early;
-#if defined(FASTALPS_DEPENDENT)
-    config.numAttrs = dependent ? 1 : 0;
-#endif
+    config.numAttrs = dependent && std::getenv("FASTALPS_INDEPENDENT") == nullptr ? 1 : 0;
     return cudaLaunchKernelEx(&config, kernel, work, work.weights + weights_at * kLanes,
                               work.biases + bias_at);
   }

@@ -19,12 +19,12 @@ FASTALPS_DEVICE void barrier() { __syncthreads(); }
 // ended blocks leave; all that it does before `await_previous` must not depend on this one, and
 // every block has to call that, as the next but one relies on it. Older devices have neither.
 FASTALPS_DEVICE void allow_next() {
-#if defined(FASTALPS_DEPENDENT) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 FASTALPS_DEVICE void await_previous() {
-#if defined(FASTALPS_DEPENDENT) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }

@@ -107,10 +107,11 @@ int64_t active_tiles(int64_t patches);
 cudaError_t active_flags(const FrameView& frames, const Matrix& background, const PatchGrid& grid,
                          int64_t limit, uint8_t* flags, int64_t* offsets, cudaStream_t stream);
 
-// The same, and synchronises the stream to tell the host the number of patches kept.
+// The same, and synchronises the stream to tell the host the number of patches kept. Where `kept`
+// is not null, their pairs have been written by then, as by active_index: room for all patches.
 cudaError_t active_count(const FrameView& frames, const Matrix& background, const PatchGrid& grid,
-                         int64_t limit, uint8_t* flags, int64_t* offsets, int64_t* kept_count,
-                         cudaStream_t stream);
+                         int64_t limit, uint8_t* flags, int64_t* offsets, int64_t* kept,
+                         int64_t* kept_count, cudaStream_t stream);
 
 // After either: writes the (frame, patch) pairs of the patches kept, in order.
 cudaError_t active_index(const uint8_t* flags, const int64_t* offsets, int64_t patches,
