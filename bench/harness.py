@@ -128,8 +128,9 @@ def relative_error(actual: Tensor, exact: Tensor, floor: float = 1.0) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def run_case(case: Case, settings: Settings) -> dict[str, Any]:
-    """Checks and times a case; the JSON record of it.
+def run_case(case: Case, settings: Settings, peers: Sequence[str] | None = None) -> dict[str, Any]:
+    """Checks and times a case; the JSON record of it. `peers`: parts of the names of candidates
+    that are not ours, to have only those.
 
     Returns:
         `about`, `ok`, and for timed cases `region`, `amounts`, `details` and `candidates`: for
@@ -147,6 +148,10 @@ def run_case(case: Case, settings: Settings) -> dict[str, Any]:
     except Exception as failure:  # the other cases shall run
         traceback.print_exc()
         return {"about": case.about, "ok": False, "failed": first_line(failure), "figures": {}}
+    if peers is not None:
+        work.candidates = [
+            c for c in work.candidates if c.ours or any(part in c.name for part in peers)
+        ]
     rows = {candidate.name: _check(candidate, work) for candidate in work.candidates}
     ok = not any("failed" in rows[c.name] for c in work.candidates if c.ours)
     # Without a right answer of ours there is nothing to compare with.

@@ -65,6 +65,11 @@ def _parser() -> Parser:
     )
     parser.add_argument("--threads", type=int, help="of every candidate (default: the cores)")
     parser.add_argument("--filter", default="", metavar="TEXT", help="only cases named so in part")
+    parser.add_argument(
+        "--peers",
+        metavar="TEXT,TEXT",
+        help="of the candidates, only ours and those named so in part (default: all)",
+    )
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the results there")
     parser.add_argument(
@@ -133,6 +138,7 @@ def _run(options: argparse.Namespace) -> int:
         for case in chosen:
             print(f"{case.name:<44} {case.about}")
         return 0
+    wanted = None if options.peers is None else options.peers.split(",")
     torch.set_num_threads(settings.threads)
     kept = not options.fresh_memory and keep_freed_memory()
     where = f"{settings.device}, {settings.threads} threads, kernels: {backends.cpu_kernels()}"
@@ -149,7 +155,7 @@ def _run(options: argparse.Namespace) -> int:
     results: dict[str, Any] = {}
     rounds, seconds = EFFORT[settings.effort]
     for case in chosen:
-        results[case.name] = run_case(case, settings)
+        results[case.name] = run_case(case, settings, wanted)
         print()
         print("\n".join(table.case_lines(case.name, results[case.name])), flush=True)
         if options.out is None:
