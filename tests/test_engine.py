@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastalps import ALPS, MotionGate, Scorer, TrainConfig, Trainer, backends, use_backend
 from fastalps.data import load_images
 from fastalps.engine import Engine, axes, log_layer_by_layer, why_not
+from fastalps.engine.packing import pack
 from fastalps.models import BOUNDS, PERTURBATIONS, PRESETS
 from fastalps.testing import SCORE_ERROR, poisoned
 
@@ -168,6 +169,19 @@ def test_multiplications_that_are_saved() -> None:
     assert counts[True] == [35, 18, 9, 5, 46]
 
 
+def test_layers_take_what_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wider vectors leave minimal algorithms to layers with more channels."""
+    for preset in PRESETS:
+        model = ALPS(30, preset=preset).double()
+        counts = [pack(model, minimal=True).flop]
+        for kernels in ("default", "avx2", "avx512"):
+            monkeypatch.setattr(backends, "cpu_kernels", lambda kernels=kernels: kernels)
+            counts.append(pack(model).flop)
+        counts.append(pack(model, minimal=False).flop)
+        assert counts == sorted(counts)
+        assert counts[0] < counts[1] and counts[2] < counts[3] < counts[4]
+
+
 # Scores ----------------------------------------------------------------------------------------
 
 
@@ -204,7 +218,7 @@ def networks(draw: st.DrawFn) -> ALPS:
     count=st.one_of(st.integers(1, 40), st.integers(1, 300)),
     dtype=st.sampled_from([torch.uint8, torch.float32]),
     passes=st.sampled_from(["normal", "perturbed", "both"]),
-    minimal=st.booleans(),
+    minimal=st.sampled_from([False, True, None]),
 )
 def test_random_networks(model: ALPS, count, dtype, passes, minimal) -> None:
     height, width = model.config.image_size
@@ -223,8 +237,8 @@ def test_random_networks(model: ALPS, count, dtype, passes, minimal) -> None:
 @needs_library
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("size", [30, 28])
-@pytest.mark.parametrize("minimal", [False, True])
-def test_presets(preset: str, size: int, minimal: bool) -> None:
+@pytest.mark.parametrize("minimal", [False, True, None])
+def test_presets(preset: str, size: int, minimal: bool | None) -> None:
     model = randomise(ALPS(size, preset=preset), 3)
     images = pixels_of((26, 1, size, size), 4)
     found = Engine(model, minimal).errors(images, "both")
@@ -244,7 +258,7 @@ def test_trained_weights() -> None:
     expected = exact(fitted.model.cpu(), data.test)
     normal, odd = (expected[0][data.test_labels == label].median() for label in (False, True))
     assert normal < 0.8 * odd  # it has learnt
-    for minimal in (False, True):
+    for minimal in (False, True, None):
         found = Engine(fitted.model, minimal).errors(data.test, "both")
         assert relative(found, expected) <= ERROR
 

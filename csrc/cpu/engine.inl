@@ -187,22 +187,29 @@ const float* run_layers(const Layer* layers, int64_t count, const float* in, flo
 }
 
 // Pixels of `count` patches, transposed to values in [0, 1]; lanes past the last patch are zero.
+// They are transposed as they come, a few at a time, and scaled as vectors.
 template <int V, typename T>
 void load_block(const EngineArguments& a, int64_t first, int64_t count, float* to) {
-  constexpr int64_t kValue = V * kLanes;
+  constexpr int64_t kValue = V * kLanes, kPiece = 32;
   const Network& network = *a.network;
   const T* pixels = static_cast<const T*>(a.pixels);
-  const float scale = sizeof(T) == 1 ? 1.0f / 255.0f : 1.0f;
+  const Vec scale = splat(sizeof(T) == 1 ? 1.0f / 255.0f : 1.0f);
+  T piece[kPiece * kValue] = {};
   for (int64_t y = 0; y < network.height; ++y) {
-    float* row = to + y * network.width * network.channels * kValue;
-    for (int64_t lane = 0; lane < kValue; ++lane) {
-      const bool used = lane < count;
-      const T* from = pixels + (used ? a.origins[first + lane] + y * a.row_stride : 0);
-      float* at = row + lane;
-      for (int64_t x = 0; x < network.width; ++x) {
-        for (int64_t c = 0; c < network.channels; ++c, at += kValue) {
-          *at = used ? static_cast<float>(from[x * a.column_stride + c * a.channel_stride]) * scale
-                     : 0.0f;
+    for (int64_t c = 0; c < network.channels; ++c) {
+      float* const row = to + (y * network.width * network.channels + c) * kValue;
+      for (int64_t x = 0; x < network.width; x += kPiece) {
+        const int64_t taken = network.width - x < kPiece ? network.width - x : kPiece;
+        for (int64_t lane = 0; lane < count; ++lane) {
+          const T* from = pixels + a.origins[first + lane] + y * a.row_stride +
+                          x * a.column_stride + c * a.channel_stride;
+          for (int64_t i = 0; i < taken; ++i) piece[i * kValue + lane] = from[i * a.column_stride];
+        }
+        for (int64_t i = 0; i < taken; ++i) {
+          float* at = row + (x + i) * network.channels * kValue;
+          for (int v = 0; v < V; ++v) {
+            store(at + v * kLanes, load(piece + i * kValue + v * kLanes) * scale);
+          }
         }
       }
     }

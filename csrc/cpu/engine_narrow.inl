@@ -23,6 +23,40 @@ inline Vec clamp_byte(Vec x) {
 #endif
 }
 
+// Whole numbers nearest to four vectors' (ties to even), clamped to 0 to 255, as the bytes of a
+// word. The instructions that narrow numbers clamp them, too, but for those beyond 32 bits.
+#if defined(FASTALPS_AVX512) && !defined(FASTALPS_EMULATED)
+#define FASTALPS_NARROWS
+inline VecUInt nearest_bytes(const Vec* x) {
+  __m512i whole[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512 most = _mm512_set1_ps(255.0f);
+    whole[i] =
+        _mm512_maskz_cvtps_epi32(0xffff, _mm512_maskz_min_ps(0xffff, most, bits_of<__m512>(x[i])));
+  }
+  const __m512i shorts[] = {_mm512_packs_epi32(whole[0], whole[1]),
+                            _mm512_packs_epi32(whole[2], whole[3])};
+  // Now four lanes of one vector lie before those of the next.
+  const __m512i order = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
+  return bits_of<VecUInt>(_mm512_shuffle_epi8(_mm512_packus_epi16(shorts[0], shorts[1]), order));
+}
+#elif defined(FASTALPS_AVX2)
+#define FASTALPS_NARROWS
+inline VecUInt nearest_bytes(const Vec* x) {
+  __m256i whole[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    whole[i] = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_set1_ps(255.0f), bits_of<__m256>(x[i])));
+  }
+  const __m256i shorts[] = {_mm256_packs_epi32(whole[0], whole[1]),
+                            _mm256_packs_epi32(whole[2], whole[3])};
+  const __m256i order =
+      _mm256_broadcastsi128_si256(_mm_set_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400));
+  return bits_of<VecUInt>(_mm256_shuffle_epi8(_mm256_packus_epi16(shorts[0], shorts[1]), order));
+}
+#endif
+
 inline VecUInt splat_word(uint32_t word) { return word - VecUInt{}; }
 inline VecUInt load_words(const uint32_t* from) { return read<VecUInt>(from); }
 
@@ -100,12 +134,19 @@ struct Int8 {
 
   static Vec sum_to_float(Sum sum) { return __builtin_convertvector(sum, Vec); }
   static VecUInt encode(const Vec* x, const Coding& coding) {
+#if defined(FASTALPS_NARROWS)
+    Vec coded[kGroup];
+#pragma GCC unroll 4
+    for (int i = 0; i < kGroup; ++i) coded[i] = x[i] * coding.factor + coding.zero;
+    return nearest_bytes(coded);
+#else
     VecUInt word = {};
 #pragma GCC unroll 4
     for (int i = 0; i < kGroup; ++i) {
       word |= rounded(clamp_byte(x[i] * coding.factor + coding.zero)) << (8 * i);
     }
     return word;
+#endif
   }
   // The sum of bytes of `count` words at `distance` words, at most 256.
   static void pool(const uint32_t* in, const int32_t* pixels, int count, int64_t distance,
@@ -204,28 +245,32 @@ __attribute__((always_inline)) inline void finish_narrow(const NarrowLayer& laye
                                                          const typename P::Sum (*sums)[V],
                                                          int64_t bias_class, int64_t first,
                                                          void* to) {
-  const float* bias = layer.bias + bias_class * layer.out_channels + first;
-  const float* scale = layer.scale + first;
+  // Read once: for all that the compiler knows, what is written here could be the layer.
+  const bool plain = layer.plain;
+  const Coding coding = layer.coding;
   const Vec slope = splat(layer.slope);
+  Vec bias[Rows], scale[Rows];
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) {
+    bias[r] = splat(layer.bias[bias_class * layer.out_channels + first + r]);
+    scale[r] = splat(layer.scale[first + r]);
+  }
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
-    Vec x[4];
+    Vec x[4] = {};
 #pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      if (r >= Rows) {
-        x[r] = Vec{};
-        continue;
-      }
-      x[r] = leaky(P::sum_to_float(sums[r][v]) * splat(scale[r]) + splat(bias[r]), slope);
+    for (int r = 0; r < Rows; ++r) {
+      x[r] = leaky(P::sum_to_float(sums[r][v]) * scale[r] + bias[r], slope);
     }
-    if (layer.plain) {
+    if (plain) {
       float* at = static_cast<float*>(to) + (first * V + v) * kLanes;
+#pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) store(at + r * V * kLanes, x[r]);
     } else {
       uint32_t* at = static_cast<uint32_t*>(to) + (first / P::kGroup * V + v) * kLanes;
 #pragma GCC unroll 2
       for (int g = 0; g * P::kGroup < Rows; ++g) {
-        write(at + g * V * kLanes, P::encode(x + g * P::kGroup, layer.coding));
+        write(at + g * V * kLanes, P::encode(x + g * P::kGroup, coding));
       }
     }
   }

@@ -72,7 +72,7 @@ class Engine:
     Args:
         model: an `fastalps.ALPS`; copied, so that later changes to it do not show.
         minimal: in fp32, use algorithms with fewer multiplications (see `fastalps.engine.axes`);
-            False: direct convolutions, as in bf16 and int8.
+            False: direct convolutions, as in bf16 and int8; None: for each layer, what is faster.
         precision: "fp32", "bf16" or "int8" of weights and activations; errors are float32. Without
             instructions for the last two (AVX512-BF16, AVX512-VNNI) others give the same, slower.
         ranges: of activations, for int8; see `fastalps.engine.narrow.activation_ranges`.
@@ -86,7 +86,7 @@ class Engine:
     def __init__(
         self,
         model: ALPS,
-        minimal: bool = True,
+        minimal: bool | None = None,
         *,
         precision: str = "fp32",
         ranges: narrow.Ranges | None = None,

@@ -78,6 +78,26 @@ class Axis:
         """Products of one value and one filter."""
         return sum(len(terms) for band in self.bands for terms in band.products)
 
+    def sizes(self) -> tuple[int, int, int, int]:
+        """How many values there are, and inputs as they are among them; how many products, and
+        results among them."""
+        values = [terms for band in self.bands for terms in band.values]
+        results = [result.terms for band in self.bands for result in band.results]
+        return (
+            len(values),
+            sum(len(terms) == 1 and terms[0][1] == 1 for terms in values),
+            sum(len(band.products) for band in self.bands),
+            sum(len(terms) == 1 for terms in results),
+        )
+
+
+def sums(rows: Axis, columns: Axis) -> tuple[int, int]:
+    """Of a layer: how many values are sums, and how many products are parts of one."""
+    values, inputs, products, results = (
+        row * column for row, column in zip(rows.sizes(), columns.sizes(), strict=True)
+    )
+    return values - inputs, products - results
+
 
 class Algorithm(NamedTuple):
     """Matrices of F(m, r); csrc/cpu/engine_transforms.inl has the first and the last as code."""

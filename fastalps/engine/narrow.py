@@ -10,6 +10,7 @@ stays in fp32, as do the latent vectors: a distorter makes their range wide.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from fastalps.engine import axes
 from fastalps.engine.axes import Axis
-from fastalps.engine.packing import Packed, Packer, fill
+from fastalps.engine.packing import Packed, Packer, Tuning, fill
 from fastalps.inference import fold_batch_norm
 from fastalps.inputs import unit_pixels
 from fastalps.models import ALPS, Encoder
@@ -127,7 +128,7 @@ class _NarrowPacker(Packer):
     """Layers as lists of pixels, see `NarrowLayer` in csrc/cpu/engine.h."""
 
     def __init__(self, precision: str, ranges: Sequence[tuple[float, float]]) -> None:
-        super().__init__(minimal=False)
+        super().__init__(Tuning(sum_cost=math.inf, band=8))
         self.precision = precision
         self._ranges = iter(ranges)
         self._coding = PIXELS  # of the next layer's input

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastalps import backends
 from fastalps.engine import axes
 from fastalps.engine.axes import Axis
 from fastalps.models import ALPS, BOUNDS, Encoder
 
 # As csrc/cpu/engine.h: output channels whose weights lie side by side.
 TILE = 4
-# Results of an axis that are computed at once. Of 4, 6, 8, 12 and 16 the fastest on a 2-core AVX2
-# EPYC, network B, though by 2% at most.
-BAND = 8
+
+
+class Tuning(NamedTuple):
+    """What is fastest depends on the vectors' width: docs/performance.md has the measurements."""
+
+    # Of a value that is a sum, or of a product that is part of one, in multiplications. What it
+    # takes is its way through the caches, by bytes; a product takes no longer in a wide vector.
+    sum_cost: float
+    # Results of an axis that are computed at once. Of 4, 6, 8 and 16, though by 2% at most.
+    band: int
+
+
+TUNING = {"default": Tuning(3, 8), "avx2": Tuning(6, 8), "avx512": Tuning(12, 4)}
 
 PRECISIONS = ("fp32", "bf16", "int8")  # in the order of `Precision` in csrc/cpu/engine.h
 _NAMES = tuple(axes.ALGORITHMS)  # in the order of `Algorithm` in csrc/cpu/engine.h
@@ -34,8 +46,8 @@ class Packed(NamedTuple):
 class Packer:
     """Collects layers in the order that csrc/cpu/engine_plan.cpp reads them."""
 
-    def __init__(self, minimal: bool = True) -> None:
-        self.minimal = minimal
+    def __init__(self, tuning: Tuning) -> None:
+        self.tuning = tuning
         self.plan: list[int] = []
         self.weights: list[Tensor] = []
         self.words: list[Tensor] = [torch.empty(0, dtype=torch.int32)]
@@ -63,10 +75,8 @@ class Packer:
         self.plan.append(len(convolutions))
         *hidden, last = convolutions
         for layer, (height, width) in zip(hidden, sizes, strict=False):
-            # One channel is all transforms: direct.
-            minimal = self.minimal and layer.in_channels >= 8
-            rows, columns = (axes.strided(n, minimal, BAND) for n in (height, width))
-            self._layer(layer.weight, layer.bias, rows, columns, slope)
+            sides = [(height,), (width,)]
+            self._convolution(axes.strided, sides, layer.weight, layer.bias, slope)
         (height, width), pixels = sizes[3], sizes[4][0] * sizes[4][1]
         rows, columns = axes.pooled(height), axes.pooled(width)
         self._layer(last.weight / pixels, last.bias, rows, columns, 1.0, pooled=True)
@@ -84,13 +94,35 @@ class Packer:
         )
         self._dense(dense[:, :, None, None], bias, (start, pixels), slope, len(halves) + 2)
         for layer, small, large in zip(halves, sizes, sizes[1:], strict=False):
-            rows, columns = (
-                axes.transposed(n, m, self.minimal, BAND) for n, m in zip(small, large, strict=True)
-            )
-            self._layer(layer.weight.transpose(0, 1), layer.bias, rows, columns, slope)
-        for layer, minimal, after in ((inner, self.minimal, slope), (last, False, 1.0)):
-            rows, columns = (axes.same(n, minimal, BAND) for n in sizes[-1])
-            self._layer(layer.weight.transpose(0, 1), layer.bias, rows, columns, after)
+            sides = list(zip(small, large, strict=True))
+            weight = layer.weight.transpose(0, 1)
+            self._convolution(axes.transposed, sides, weight, layer.bias, slope)
+        weight = inner.weight.transpose(0, 1)
+        self._convolution(axes.same, [(n,) for n in sizes[-1]], weight, inner.bias, slope)
+        # The last one gives no more channels than images have: direct.
+        rows, columns = (axes.same(n, False, self.tuning.band) for n in sizes[-1])
+        self._layer(last.weight.transpose(0, 1), last.bias, rows, columns, 1.0)
+
+    def _convolution(
+        self,
+        axis: Callable[..., Axis],
+        sizes: Iterable[tuple[int, ...]],
+        weight: Tensor,
+        bias: Tensor | None,
+        slope: float,
+    ) -> None:
+        """A layer whose axes are ``axis(*size, minimal, limit)``, by minimal algorithms where what
+        they save is more than what their sums take: where channels are many."""
+        direct, minimal = (
+            [axis(*size, choice, self.tuning.band) for size in sizes] for choice in (False, True)
+        )
+        outputs, inputs = weight.shape[:2]
+        products = [math.prod(a.multiplications() for a in pair) for pair in (direct, minimal)]
+        saved = (products[0] - products[1]) * inputs * outputs
+        values, summed = axes.sums(*minimal)
+        faster = saved > self.tuning.sum_cost * (values * inputs + summed * outputs)
+        rows, columns = minimal if faster else direct
+        self._layer(weight, bias, rows, columns, slope)
 
     def _dense(
         self, weight: Tensor, bias: Tensor, shape: tuple[int, int], slope: float, following: int
@@ -148,14 +180,18 @@ def _tiled(filters: Tensor) -> Tensor:
     ).flatten()
 
 
-def pack(model: ALPS, minimal: bool = True) -> Packed:
+def pack(model: ALPS, minimal: bool | None = None) -> Packed:
     """The plan and the weights in fp32 of a model whose batch norms are folded, in float64.
 
     Args:
         model: see `fastalps.inference.fold_batch_norm`.
-        minimal: use algorithms with fewer multiplications, see `fastalps.engine.axes`.
+        minimal: use algorithms with fewer multiplications, see `fastalps.engine.axes`; None: in
+            the layers that are faster so on this processor.
     """
-    return fill(Packer(minimal), model, "fp32")
+    tuning = TUNING.get(backends.cpu_kernels(), TUNING["default"])
+    if minimal is not None:
+        tuning = tuning._replace(sum_cost=0.0 if minimal else math.inf)
+    return fill(Packer(tuning), model, "fp32")
 
 
 def fill(packer: Packer, model: ALPS, precision: str) -> Packed:
