@@ -149,6 +149,7 @@ def compiled(
     constants: dict[str, object],
     capability: int,
     integer: str = "i32",
+    floating: str = "fp32",
 ) -> Any:
     """One kernel compiled for a GPU of this compute capability, as Triton hands it out."""
     kernel = kernels()[name]
@@ -159,7 +160,7 @@ def compiled(
         elif argument in constants:
             signature[argument] = "constexpr"
         else:
-            signature[argument] = "fp32" if argument in FLOATS else integer
+            signature[argument] = floating if argument in FLOATS else integer
     constexprs = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
     # As at run time: pointers of fresh tensors are aligned to 16 bytes.
     attributes = {(kernel.arg_names.index(key),): [["tt.divisibility", 16]] for key in pointers}

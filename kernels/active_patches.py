@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from fastalps.kernels.launch import axes, float_pair, grid_of, program_number, tile_of
+from fastalps.kernels.launch import axes, float_pair, grid_of, program_number, single, tile_of
 from torch import Tensor
 
 
@@ -91,7 +91,8 @@ def cut_active_kernel(
     x = tl.minimum((patch - r * columns) * STRIDE_W, last_column)[:, None] + within % PATCH_W
     mask = (number < count)[:, None] & (within < PATCH_H * PATCH_W)
     source = frames + frame[:, None] * frame_stride + y * row_stride + x * column_stride
-    value = tl.load(source, mask=mask, other=0).to(tl.float32) * scale + shift
+    value = tl.load(source, mask=mask, other=0).to(tl.float32)
+    value = value * single(scale) + single(shift)
     target = cut + number[:, None] * (PATCH_H * PATCH_W) + within
     tl.store(target, value.to(cut.dtype.element_ty), mask=mask)
 

@@ -93,6 +93,12 @@ def float_pair(value: float) -> tuple[float, float]:
 
 
 @triton.jit
+def single(scalar):
+    # Triton passes floats as float32, torch.compile as float64, in which all would be computed.
+    return tl.cast(scalar, tl.float32)
+
+
+@triton.jit
 def program_number():
     return tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
 

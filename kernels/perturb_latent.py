@@ -11,6 +11,7 @@ from fastalps.kernels.launch import (
     grid_of,
     mean_of_partials,
     program_number,
+    single,
     tile_of,
 )
 from torch import Tensor
@@ -48,7 +49,7 @@ def perturb_latent_kernel(
         mask = (rows < count)[:, None] & (columns < size)[None, :]
         source = rows[:, None] * perturbation_row + columns[None, :] * perturbation_column
         scaled = tl.load(perturbation + source, mask=mask, other=0.0).to(total.dtype)
-        scaled = scaled * strength + scaled * strength_low if DOUBLE else scaled * strength
+        scaled = scaled * strength + scaled * strength_low if DOUBLE else scaled * single(strength)
         source = rows[:, None] * latent_row + columns[None, :] * latent_column
         value = tl.load(latent + source, mask=mask, other=0.0).to(total.dtype) + scaled
         target = output + rows[:, None] * size + columns[None, :]
@@ -131,8 +132,8 @@ def perturb_latent_backward_kernel(
         grad = grad * strength + grad * strength_low
         total = grad + weight[:, None] * value.to(tl.float64)
     else:
-        weight = weight.to(tl.float32) * factor
-        total = grad.to(tl.float32) * strength + weight[:, None] * value.to(tl.float32)
+        weight = weight.to(tl.float32) * single(factor)
+        total = grad.to(tl.float32) * single(strength) + weight[:, None] * value.to(tl.float32)
     target = result + rows[:, None] * size + columns[None, :]
     tl.store(target, total.to(result.dtype.element_ty), mask=mask)
 

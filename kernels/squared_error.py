@@ -13,6 +13,7 @@ from fastalps.kernels.launch import (
     grid_of,
     mean_of_partials,
     program_number,
+    single,
     tile_of,
 )
 from torch import Tensor
@@ -178,7 +179,7 @@ def squared_error_backward_kernel(
     mask = (rows < count)[:, None] & (columns < size)
     weight = tl.load(grad + rows, mask=rows < count, other=0.0)
     weight = weight.to(tl.float64 if DOUBLE else tl.float32)
-    weight = weight * factor + weight * factor_low if DOUBLE else weight * factor
+    weight = weight * factor + weight * factor_low if DOUBLE else weight * single(factor)
     value = tl.load(values + rows[:, None] * values_row + columns, mask=mask, other=0.0)
     value = value.to(weight.dtype)
     goal = tl.load(target + (rows % samples)[:, None] * target_row + columns, mask=mask, other=0.0)

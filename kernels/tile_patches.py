@@ -17,6 +17,7 @@ from fastalps.kernels.launch import (
     grid_of,
     is_wide,
     program_number,
+    single,
 )
 from torch import Tensor
 from torch.library import wrap_triton
@@ -71,7 +72,7 @@ def tile_patches_kernel(
     if DOUBLE:
         value = value * scale + value * scale_low + shift + shift_low
     else:
-        value = value * scale + shift
+        value = value * single(scale) + single(shift)
     if patches.dtype.element_ty != tl.float64:
         value = value.to(tl.float32)
     target = patches + group * columns * (CHANNELS * PATCH_H * PATCH_W) + offset
@@ -171,7 +172,7 @@ def tile_patches_backward_kernel(
             source = source * (PATCH_H * PATCH_W) + i * PATCH_W + j
             valid = mask & (a < count_y) & (b < count_x)
             total += tl.load(grad + source, mask=valid, other=0.0).to(total.dtype)
-    total = total * scale + total * scale_low if DOUBLE else total * scale
+    total = total * scale + total * scale_low if DOUBLE else total * single(scale)
     if frames.dtype.element_ty != tl.float64:
         total = total.to(tl.float32)
     target = frames + plane * pixels + offset

@@ -147,8 +147,11 @@ def test_smoothing(smoothing, rng):
     model = make_model(SHAPES.index(("fast", 28)), rng, smoothing=smoothing)
     images = torch.rand(37, 1, 28, 28, generator=rng)
     found = engine_for(model).errors(images.cuda(), "both")
-    expected = Reference(model).errors(images.double())
-    torch.testing.assert_close(found.double().cpu(), expected, rtol=4e-3, atol=1e-6)
+    reference = Reference(model)
+    expected, plain = reference.errors(images.double()), reference.errors(images.double(), 1)
+    # As in test_fused_emulation.py: residuals of both signs cancel, their roundings need not.
+    room = 4e-3 * (expected * plain).sqrt()
+    assert ((found.double().cpu() - expected).abs() <= room).all()
 
 
 @pytest.mark.gpu

@@ -5,6 +5,8 @@ What each kernel may use is in bench/compile_limits.json. Run with -s for the ta
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 pytest.importorskip("triton", reason="the package triton is not installed")
@@ -40,7 +42,8 @@ def test_no_spills(name, index, capability, tmp_path):
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_other_specialisations_compile(name):
-    """What the interpreter does not type-check: float64, 64-bit sizes, sizes of 1 (constants)."""
+    """What the interpreter does not type-check: float64, 64-bit sizes, sizes of 1 (constants), and
+    float64 scalars, which torch.compile passes."""
     pointers, constants = SIGNATURES[name][-1]
     wide = {key: True for key in ("DOUBLE", "WIDE") if key in constants}
     doubles = {key: "fp64" if value.startswith("fp") else value for key, value in pointers.items()}
@@ -51,4 +54,9 @@ def test_other_specialisations_compile(name):
         if key not in pointers and key not in constants and key not in FLOATS
     }
     single = compiled(name, pointers, {**constants, **ones}, 90)
-    assert double.asm["cubin"][:4] == single.asm["cubin"][:4] == b"\x7fELF"
+    traced = compiled(name, pointers, constants, 90, floating="fp64")
+    for one in (double, single, traced):
+        assert one.asm["cubin"][:4] == b"\x7fELF"
+    if "fp64" not in pointers.values():
+        # A scalar must not make the arithmetic float64, a sixty-fourth as fast on some devices.
+        assert not re.search(r"\b(mul|fma|add)\.\S*f64", traced.asm["ptx"])

@@ -1,6 +1,4 @@
 // The fused scoring kernels and their launches: frames to errors by four kernels a chunk.
-#include <cstdlib>
-
 #include "device.h"
 #include "fused.h"
 #include "fused_decoder.cuh"
@@ -68,11 +66,11 @@ struct Stage {
   int shared;
   int64_t weights_at, bias_at;
   int resident = 0;
-  bool dependent = false;  // Whether the device has programmatic dependent launches.
+  bool dependent = false;  // Whether it may start while the one before it ends.
 
   // More than 48 KiB of shared memory has to be asked for. Neither call is of a stream, so a graph
   // may be captured meanwhile.
-  cudaError_t prepare() {
+  cudaError_t prepare(bool wide) {
     cudaError_t status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (status != cudaSuccess) return status;
@@ -81,7 +79,9 @@ struct Stage {
                                                            static_cast<size_t>(shared));
     if (status != cudaSuccess) return status;
     resident = std::max(1, per_multiprocessor) * multiprocessors();
-    dependent = device_attribute<cudaDevAttrComputeCapabilityMajor>() >= 9;
+    // Blocks that wait take room from those that work, where there is some left: measured on an
+    // H100, wide networks gain 3% and narrow ones lose 4%.
+    dependent = wide && device_attribute<cudaDevAttrComputeCapabilityMajor>() >= 9;
     return cudaSuccess;
   }
 
@@ -96,7 +96,7 @@ struct Stage {
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &early;
-    config.numAttrs = dependent && std::getenv("FASTALPS_INDEPENDENT") == nullptr ? 1 : 0;
+    config.numAttrs = dependent ? 1 : 0;
     return cudaLaunchKernelEx(&config, kernel, work, work.weights + weights_at * kLanes,
                               work.biases + bias_at);
   }
@@ -145,13 +145,14 @@ Work work_of(const FusedCall& call) {
   return work;
 }
 
-cudaError_t run_stages(const FusedCall& call, std::array<Stage, 4> stages, cudaStream_t stream) {
+cudaError_t run_stages(const FusedCall& call, std::array<Stage, 4> stages, bool wide,
+                       cudaStream_t stream) {
   Work work = work_of(call);
   const int64_t total = work.source.total;
   if (total == 0) return cudaSuccess;
   cudaError_t status;
   for (Stage& stage : stages) {
-    if ((status = stage.prepare()) != cudaSuccess) return status;
+    if ((status = stage.prepare(wide)) != cudaSuccess) return status;
   }
   if (call.index != nullptr) {
     const size_t bytes = static_cast<size_t>(work.passes * total) * sizeof(float);
@@ -181,8 +182,12 @@ bool fused_sizes(int64_t shape, FusedSizes* sizes) {
 
 cudaError_t fused_errors(const FusedCall& call, cudaStream_t stream) {
   cudaError_t status = cudaErrorInvalidValue;
-  with_shape(call.shape,
-             [&](auto named) { status = run_stages(call, stages_of<decltype(named)>(), stream); });
+  with_shape(call.shape, [&](auto named) {
+    using S = decltype(named);
+    // Two blocks of E fill a multiprocessor.
+    const bool wide = kResident<typename S::Encode> <= 2;
+    status = run_stages(call, stages_of<S>(), wide, stream);
+  });
   return status;
 }
 
