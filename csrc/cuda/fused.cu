@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kBlock, kResident<S>)
 }
 
 template <class S>
-__global__ void __launch_bounds__(kBlock, 1)
+__global__ void __launch_bounds__(kBlock, std::min(2, kResident<S>))
     fused_latent_kernel(const __grid_constant__ Work work, const uint2* __restrict__ weights,
                         const float* __restrict__ biases) {
   make_latents<S>(work, weights, biases, shared_bytes());

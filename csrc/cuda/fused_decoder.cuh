@@ -6,30 +6,6 @@
 
 namespace fastalps::cuda::fused {
 
-// A lane's two results of each column's biases, which its sums begin with.
-template <int kAcross>
-struct Biases {
-  float pair[kAcross][2];
-
-  FASTALPS_DEVICE Biases(const Lane& lane, const float* biases, int first_column) {
-#pragma unroll
-    for (int across = 0; across < kAcross; ++across) {
-      const int channel = (first_column + across) * kTileColumns + 2 * lane.quad;
-      pair[across][0] = read_only(biases + channel);
-      pair[across][1] = read_only(biases + channel + 1);
-    }
-  }
-};
-
-template <int kAcross>
-FASTALPS_DEVICE void start_sums(float (&sums)[kAcross][4], const Biases<kAcross>& biases) {
-#pragma unroll
-  for (int across = 0; across < kAcross; ++across) {
-#pragma unroll
-    for (int part = 0; part < 4; ++part) sums[across][part] = biases.pair[across][part % 2];
-  }
-}
-
 // One row's results of a tile, from its columns on, if it is to be `stored`: zeros where it is not
 // `inside`. `place` is a pixel of the map's first plane. Results are finished in any case: a store
 // is cheaper skipped by itself than behind a branch.

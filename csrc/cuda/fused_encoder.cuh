@@ -170,49 +170,68 @@ FASTALPS_DEVICE void encode(const Work& work, const uint2* weights, const float*
   }
 }
 
-// Two rows of the third convolution's results, from five staged rows that begin at `top`.
+// Two rows of the third convolution's results, from five staged rows that begin one above the first
+// input. Pixels are whole tiles of patches, so that a tap is a constant away and outside for all
+// patches or none.
 template <class S>
 FASTALPS_DEVICE void third_band(const Lane& lane, const unsigned char* staged,
                                 unsigned char* hidden, const uint2* weights, const float* biases,
                                 float slope, int band) {
-  constexpr int kColumns = S::kThird / kTileColumns;
+  constexpr int kColumns = S::kThird / kTileColumns, kAcross = S::kThirdAcross;
   constexpr int kSteps = S::kSecond / kTileTerms;
   constexpr int kCells = S::kBandRows * S::kHalf;
-  const int first_column = lane.warp * S::kThirdAcross;
+  constexpr int kPixel = S::StagedMap::bytes(kTileRows);
+  const int first_column = lane.warp * kAcross;
   const int top = 2 * S::kBandRows * band - 1;
-  float sums[kCells][S::kThirdAcross][4];
-  clear(sums);
-  const uint2* const mine = weights + first_column * kLanes + lane.index;
-  stream_steps<9 * kSteps, 4, S::kThirdAcross>(mine, kColumns * kLanes, [&](int at, const auto& b) {
-    const int tap = at / kSteps, step = at % kSteps;
-    const int tap_row = tap / 3, tap_column = tap - 3 * tap_row;
+  int terms[kSteps];
 #pragma unroll
-    for (int cell = 0; cell < kCells; ++cell) {
-      const int local = 2 * (cell / S::kHalf) + tap_row;
-      const int column = 2 * (cell % S::kHalf) + tap_column - 1;
-      const bool outside =
-          top + local < 0 || top + local >= S::kSide || column < 0 || column >= S::kSide;
-      if (outside) continue;  // For all patches alike.
-      const Operand a = load_operand(
-          staged + S::StagedMap::chunk((local * S::kSide + column) * kTileRows + lane.row,
-                                       2 * step + lane.half));
+  for (int step = 0; step < kSteps; ++step) {
+    terms[step] = S::StagedMap::chunk(lane.row, 2 * step + lane.half);
+  }
+  // A row of taps is whole rounds of the steps that are ahead.
+  Stream<kSteps % 4 == 0 ? 4 : 3, kAcross> stream(weights + first_column * kLanes + lane.index,
+                                                  kColumns * kLanes);
+  const Biases<kAcross> bias(lane, biases, first_column);
+  float sums[kCells][kAcross][4];
 #pragma unroll
-      for (int across = 0; across < S::kThirdAcross; ++across) {
-        multiply_add(sums[cell][across], a, b[across]);
+  for (int cell = 0; cell < kCells; ++cell) start_sums(sums[cell], bias);
+#pragma unroll 1
+  for (int tap_row = 0; tap_row < 3; ++tap_row) {
+#pragma unroll
+    for (int at = 0; at < 3 * kSteps; ++at) {
+      const int tap_column = at / kSteps;
+      uint2 b[kAcross];
+      stream.take(at, b);
+      const unsigned char* const first = staged + tap_row * S::kSide * kPixel + terms[at % kSteps];
+#pragma unroll
+      for (int row = 0; row < S::kBandRows; ++row) {
+        const int local = 2 * row + tap_row;
+        if (top + local < 0 || top + local >= S::kSide) continue;
+#pragma unroll
+        for (int x = 0; x < S::kHalf; ++x) {
+          const int column = 2 * x + tap_column - 1;
+          if (column < 0 || column >= S::kSide) continue;
+          const Operand a = load_operand(first + (2 * row * S::kSide + column) * kPixel);
+#pragma unroll
+          for (int across = 0; across < kAcross; ++across) {
+            multiply_add(sums[row * S::kHalf + x][across], a, b[across]);
+          }
+        }
       }
     }
-  });
+    stream.advance(3 * kSteps);
+  }
 #pragma unroll
-  for (int cell = 0; cell < kCells; ++cell) {
+  for (int across = 0; across < kAcross; ++across) {
+    const int channel = (first_column + across) * kTileColumns + 2 * lane.quad;
 #pragma unroll
-    for (int across = 0; across < S::kThirdAcross; ++across) {
-      const int channel = (first_column + across) * kTileColumns + 2 * lane.quad;
+    for (int lower = 0; lower < 2; ++lower) {
+      unsigned char* const place = hidden + S::HiddenMap::channel(lane.group + 8 * lower, channel) +
+                                   band * kCells * S::HiddenMap::bytes(kTileRows);
 #pragma unroll
-      for (int lower = 0; lower < 2; ++lower) {
+      for (int cell = 0; cell < kCells; ++cell) {
         const float* const found = sums[cell][across] + 2 * lower;
-        const int pixel = (band * kCells + cell) * kTileRows + lane.group + 8 * lower;
-        put(hidden + S::HiddenMap::channel(pixel, channel),
-            finish_pair(found[0], found[1], biases, channel, slope));
+        put(place + cell * S::HiddenMap::bytes(kTileRows), leaky_pair(found[0], found[1], slope));
       }
     }
   }
@@ -223,36 +242,48 @@ FASTALPS_DEVICE void third_band(const Lane& lane, const unsigned char* staged,
 template <class S>
 FASTALPS_DEVICE void fourth_slice(const Lane& lane, const unsigned char* hidden,
                                   const uint2* weights, float* parts) {
-  constexpr int kColumns = S::kColumns;
-  constexpr int kSteps = S::kThird / kTileTerms;
+  constexpr int kColumns = S::kColumns, kAcross = S::kFourthAcross;
+  // The slices' steps take turns.
+  constexpr int kSteps = S::kThird / kTileTerms / S::kSlices;
   constexpr int kCells = S::kQuarter * S::kQuarter;
-  const int first_column = lane.warp % S::kGroups * S::kFourthAcross;
+  constexpr int kPixel = S::HiddenMap::bytes(kTileRows);
+  const int first_column = lane.warp % S::kGroups * kAcross;
   const int slice = lane.warp / S::kGroups;
-  float sums[kCells][S::kFourthAcross][4];  // Pixels apart: independent sums hide latency.
+  int terms[kSteps];
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    terms[step] = S::HiddenMap::chunk(lane.row, 2 * (step * S::kSlices + slice) + lane.half);
+  }
+  Stream<kSteps % 4 == 0 ? 4 : 3, kAcross> stream(
+      weights + (slice * kColumns + first_column) * kLanes + lane.index,
+      S::kSlices * kColumns * kLanes);
+  float sums[kCells][kAcross][4];  // Pixels apart: independent sums hide latency.
   clear(sums);
-  const uint2* const mine = weights + (slice * kColumns + first_column) * kLanes + lane.index;
-  constexpr int kStride = S::kSlices * kColumns * kLanes;
-  // The slices' steps take turns; a tap's are whole rounds of them.
-  stream_steps<9 * kSteps / S::kSlices, 4, S::kFourthAcross>(
-      mine, kStride, [&](int at, const auto& b) {
-        const int tap = at / (kSteps / S::kSlices);
-        const int step = at % (kSteps / S::kSlices) * S::kSlices + slice;
-        const int tap_row = tap / 3, tap_column = tap - 3 * tap_row;
+#pragma unroll 1
+  for (int tap_row = 0; tap_row < 3; ++tap_row) {
 #pragma unroll
-        for (int cell = 0; cell < kCells; ++cell) {
-          const int row = 2 * (cell / 2) + tap_row - 1, column = 2 * (cell % 2) + tap_column - 1;
-          if (row < 0 || column < 0) continue;  // Rows and columns past the last do not occur.
-          const Operand a = load_operand(
-              hidden + S::HiddenMap::chunk((row * S::kHalf + column) * kTileRows + lane.row,
-                                           2 * step + lane.half));
+    for (int at = 0; at < 3 * kSteps; ++at) {
+      const int tap_column = at / kSteps;
+      uint2 b[kAcross];
+      stream.take(at, b);
+      const unsigned char* const first =
+          hidden + (tap_row - 1) * S::kHalf * kPixel + terms[at % kSteps];
 #pragma unroll
-          for (int across = 0; across < S::kFourthAcross; ++across) {
-            multiply_add(sums[cell][across], a, b[across]);
-          }
+      for (int cell = 0; cell < kCells; ++cell) {
+        // Rows and columns past the last do not occur.
+        const int row = 2 * (cell / 2) + tap_row - 1, column = 2 * (cell % 2) + tap_column - 1;
+        if (row < 0 || column < 0) continue;
+        const Operand a = load_operand(first + (2 * (cell / 2) * S::kHalf + column) * kPixel);
+#pragma unroll
+        for (int across = 0; across < kAcross; ++across) {
+          multiply_add(sums[cell][across], a, b[across]);
         }
-      });
+      }
+    }
+    stream.advance(3 * kSteps);
+  }
 #pragma unroll
-  for (int across = 0; across < S::kFourthAcross; ++across) {
+  for (int across = 0; across < kAcross; ++across) {
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
       const int patch = lane.group + 8 * (part / 2);

@@ -13,21 +13,27 @@ FASTALPS_DEVICE void dense(const Lane& lane, const unsigned char* latents, unsig
   constexpr int kColumns = S::kDense / kTileColumns;
   constexpr int kAcross = S::kDenseAcross;
   constexpr int kSteps = S::kLatent / kTileTerms;
+  constexpr int kDepth = kSteps < 8 ? kSteps : 8;
+  static_assert(kSteps % kDepth == 0);
   for (int first_column = lane.warp * kAcross; first_column < kColumns;
        first_column += kWarps * kAcross) {
     float sums[1][kAcross][4];
     clear(sums);
-    stream_steps < kSteps,
-        kSteps<4 ? kSteps : 4, kAcross>(
-            weights + first_column * kLanes + lane.index, kColumns * kLanes,
-            [&](int step, const auto& b) {
-              const Operand a =
-                  load_operand(latents + S::LatentMap::chunk(lane.row, 2 * step + lane.half));
+    Stream<kDepth, kAcross> stream(weights + first_column * kLanes + lane.index, kColumns * kLanes);
+#pragma unroll 1
+    for (int first = 0; first < kSteps; first += kDepth) {
 #pragma unroll
-              for (int across = 0; across < kAcross; ++across) {
-                multiply_add(sums[0][across], a, b[across]);
-              }
-            });
+      for (int at = 0; at < kDepth; ++at) {
+        uint2 b[kAcross];
+        stream.take(at, b);
+        const int chunk = 2 * (first + at) + lane.half;
+        const Operand a = load_operand(latents + S::LatentMap::chunk(lane.row, chunk));
+#pragma unroll
+        for (int across = 0; across < kAcross; ++across)
+          multiply_add(sums[0][across], a, b[across]);
+      }
+      stream.advance(kDepth);
+    }
 #pragma unroll
     for (int across = 0; across < kAcross; ++across) {
       const int output = (first_column + across) * kTileColumns + 2 * lane.quad;

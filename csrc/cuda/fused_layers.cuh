@@ -148,37 +148,61 @@ FASTALPS_DEVICE void put_joint(unsigned char* pixel, const Lane& lane, int lower
   }
 }
 
-// Calls body(step, fragments) for each step of 16 terms, with kAcross fragments of weights in L2,
-// `stride` apart from step to step. They are read kDepth steps before they are used: L2 takes
-// longer to answer than a step takes to multiply.
-template <int kSteps, int kDepth, int kAcross, typename Body>
-FASTALPS_DEVICE void stream_steps(const uint2* weights, int stride, Body&& body) {
-  uint2 ahead[kDepth][kAcross];
-#pragma unroll
-  for (int depth = 0; depth < kDepth; ++depth) {
+// A lane's two results of each column's biases, which its sums begin with.
+template <int kAcross>
+struct Biases {
+  float pair[kAcross][2];
+
+  FASTALPS_DEVICE Biases(const Lane& lane, const float* biases, int first_column) {
 #pragma unroll
     for (int across = 0; across < kAcross; ++across) {
-      if (depth < kSteps)
-        ahead[depth][across] = read_only(weights + depth * stride + across * kLanes);
+      const int channel = (first_column + across) * kTileColumns + 2 * lane.quad;
+      pair[across][0] = read_only(biases + channel);
+      pair[across][1] = read_only(biases + channel + 1);
     }
   }
-#pragma unroll 1
-  for (int first = 0; first < kSteps; first += kDepth) {
+};
+
+template <int kAcross>
+FASTALPS_DEVICE void start_sums(float (&sums)[kAcross][4], const Biases<kAcross>& biases) {
 #pragma unroll
-    for (int depth = 0; depth < kDepth; ++depth) {
-      const int step = first + depth;
-      if (kSteps % kDepth != 0 && step >= kSteps) break;
-      uint2 b[kAcross];
+  for (int across = 0; across < kAcross; ++across) {
 #pragma unroll
-      for (int across = 0; across < kAcross; ++across) {
-        b[across] = ahead[depth][across];
-        if (step + kDepth < kSteps) {
-          ahead[depth][across] = read_only(weights + (step + kDepth) * stride + across * kLanes);
-        }
-      }
-      body(step, b);
-    }
+    for (int part = 0; part < 4; ++part) sums[across][part] = biases.pair[across][part % 2];
   }
 }
+
+// Weights on their way from L2, kAcross fragments a step, `stride` apart from step to step. They
+// are read kDepth steps before they are used: L2 takes longer to answer than a step takes to
+// multiply. So many steps behind the last are read as well; other layers' weights follow.
+template <int kDepth, int kAcross>
+struct Stream {
+  const uint2* next;
+  int stride;
+  uint2 ahead[kDepth][kAcross];
+
+  FASTALPS_DEVICE Stream(const uint2* weights, int stride_) : next(weights), stride(stride_) {
+#pragma unroll
+    for (int step = 0; step < kDepth; ++step) {
+#pragma unroll
+      for (int across = 0; across < kAcross; ++across) {
+        ahead[step][across] = read_only(next + step * stride + across * kLanes);
+      }
+    }
+    next += kDepth * stride;
+  }
+
+  // The fragments of a step; counted from the last `advance`, at compile time.
+  FASTALPS_DEVICE void take(int step, uint2 (&b)[kAcross]) {
+#pragma unroll
+    for (int across = 0; across < kAcross; ++across) {
+      b[across] = ahead[step % kDepth][across];
+      ahead[step % kDepth][across] = read_only(next + step * stride + across * kLanes);
+    }
+  }
+
+  // By a multiple of kDepth.
+  FASTALPS_DEVICE void advance(int steps) { next += steps * stride; }
+};
 
 }  // namespace fastalps::cuda::fused
