@@ -9,7 +9,7 @@ COLUMNS = """\
 time: median of a call (10th to 90th percentile); rate: what a call does, by its median time; \
 share: of the bandwidth of `torch copy_`, measured between the others.
 ratio: this row's time over the first row's, above 1x = the first row is faster; \
-error: the largest against float64, relative (ops: to 1 + |value|)."""
+error: the largest against float64, relative (ops: to 1 + |value|; int8: 1 - rank correlation)."""
 
 _HEADER = f"{'':<26} {'time':>9} {'spread':>19} {'rate':>29} {'share':>6} {'ratio':>7} {'error':>8}"
 RATES = {"frames": "frames/s", "patches": "patches/s", "images": "images/s"}

@@ -24,8 +24,8 @@ from fastalps.models import ALPS, BOUNDS, ModelConfig
 BLOCK_PATCHES = 16
 # Flags that one step of the motion gate's scan covers: kTile of csrc/cuda/active_patches.cu.
 GATE_TILE = 4096
-# Scratch of a chunk, about: what the L2 cache of an H100 still holds. Narrow networks (8 KB a patch)
-# were 5% faster with twice the patches, wide ones (17 KB) no faster.
+# Scratch of a chunk, about: what the L2 cache of an H100 still holds. Narrow networks (8 KB a
+# patch) were 5% faster with twice the patches, wide ones (17 KB) no faster.
 CHUNK_BYTES = 40_000_000
 # Bytes that a call's patches would take as float32, if they were stored: the gate's lists of a call
 # take a two-hundredth of it.
@@ -87,9 +87,9 @@ def _not_covered(config: ModelConfig) -> str:
 class FusedEngine:
     """Errors of images and frames under a private, packed copy of an ALPS model, on a GPU.
 
-    Calls allocate their outputs and scratch memory (8 to 17 KB a patch, about 40 MB at most) from torch's allocator and never wait for the device, so that
-    `torch.cuda.graph` captures them, with a motion gate, too. A score does not depend on the other
-    patches of the call.
+    Calls allocate their outputs and scratch memory (8 to 17 KB a patch, about 40 MB at most) from
+    torch's allocator and never wait for the device, so that `torch.cuda.graph` captures them, with
+    a motion gate, too. A score does not depend on the other patches of the call.
 
     Args:
         model: an `fastalps.ALPS` that `why_not` has nothing against; copied.

@@ -119,7 +119,7 @@ def quantize(model: ALPS, normal_images: Any) -> Quantization:
         exact = _scores(Engine(model), held_out)
         for name in NARROW:
             found = _scores(Engine(model, precision=name, ranges=ranges), held_out)
-            agreement[name] = _agreement(found, exact)
+            agreement[name] = measured_agreement(found, exact)
     return Quantization(ranges, len(images), agreement)
 
 
@@ -130,7 +130,8 @@ def _scores(engine: Engine, images: Tensor) -> Tensor:
         return engine.errors(images, "both").mean(0)
 
 
-def _agreement(found: Tensor, exact: Tensor) -> Agreement:
+def measured_agreement(found: Tensor, exact: Tensor) -> Agreement:
+    """How near (N,) scores come to the exact ones."""
     ranks = torch.stack([scores.argsort().argsort() for scores in (found, exact)])
     correlation = torch.corrcoef(ranks.double())[0, 1]
     difference = ((found - exact).abs() / exact.clamp(min=torch.finfo().tiny)).median()
