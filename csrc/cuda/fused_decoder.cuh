@@ -94,7 +94,7 @@ FASTALPS_DEVICE void third_tile(const Lane& lane, const unsigned char* input, co
 #pragma unroll
   for (int neighbour = 0; neighbour < 4; ++neighbour) {
     int pixel = anchor + neighbour / 2 * S::kQuarter + neighbour % 2;
-    if (neighbour % 2 == 1 && last) pixel = S::kInputPixels + (pixel - S::kInputPixels & 7);
+    if (neighbour % 2 == 1 && last) pixel = S::kInputPixels + ((pixel - S::kInputPixels) & 7);
     at[neighbour] = input + In::chunk(lane.half, pixel);
   }
   const Biases<kAcross> bias(lane, biases, first_column);
