@@ -29,8 +29,10 @@ $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "fastalps needs Python 3.10 or later; set PYTHON=python3.12, say" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/pip install --quiet --disable-pip-version-check "setuptools>=77" wheel ninja
+	@# Most of the library compiles while torch is fetched.
+	$(BIN)/python setup.py --quiet build_objects & compiled=$$!; \
+	  $(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)" && { wait $$compiled; true; }
 	@touch $@
 
 # The package alone: what the tests need takes longer to fetch than the demo takes.

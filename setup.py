@@ -25,8 +25,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -164,13 +165,11 @@ class Plan:
         self.objects.append(output)
 
     def run(self, link: list[str]) -> Path:
-        self._edge(
-            "link",
-            self.library,
-            self.objects,
+        """Compiles what has changed and links; without a command to link by, only compiles."""
+        if link:
             # Objects first: --as-needed keeps only libraries that something before them needs.
-            [link[0], *map(str, self.objects), *link[1:], "-o", str(self.library)],
-        )
+            command = [link[0], *map(str, self.objects), *link[1:], "-o", str(self.library)]
+            self._edge("link", self.library, self.objects, command)
         (BUILD / self.library.stem).mkdir(parents=True, exist_ok=True)
         script = BUILD / f"{self.library.stem}.ninja"
         script.write_text("\n".join(self.lines) + "\n", encoding="utf-8")
@@ -211,8 +210,10 @@ def knows(compiler: str, flags: list[str]) -> bool:
     return tried.returncode == 0
 
 
-def build_cpu() -> Path:
-    compiler, (headers, libraries) = cxx(), torch_folders()
+def build_cpu(needs_torch: bool = True) -> Path:
+    """Builds the C++ library; without `needs_torch` only those of its objects that torch is not
+    needed for, which are most."""
+    compiler = cxx()
     common = [compiler, "-std=c++20", "-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     common += [] if sys.platform == "win32" else ["-fPIC"]
     common += ["-DFASTALPS_X86"] if X86 else []
@@ -231,11 +232,7 @@ def build_cpu() -> Path:
         sanitize = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"]
         sanitize += ["-g", "-O1"]
     plan = Plan("fastalps_cpu")
-    torch_flags = [TARGET, f"-isystem{headers}", "-Icsrc"]
-    for name in ("bindings", "bindings_engine"):
-        plan.compile(ROOT / f"csrc/{name}.cpp", [*common, *sanitize, *torch_flags])
-    for name in ("dispatch", "engine_plan"):
-        plan.compile(ROOT / f"csrc/cpu/{name}.cpp", [*common, *sanitize])
+    # The largest first: they take longer than all others on the remaining cores.
     for name, flags in INSTRUCTION_SETS.items():
         if X86 or not flags:
             plan.compile(ROOT / f"csrc/cpu/{name}.cpp", [*common, *sanitize, *flags])
@@ -244,6 +241,14 @@ def build_cpu() -> Path:
     for name, flags in wide.items():
         chosen = EMULATED if EMULATE else flags
         plan.compile(ROOT / f"csrc/cpu/{name}.cpp", [*common, *quick, *chosen])
+    for name in ("dispatch", "engine_plan"):
+        plan.compile(ROOT / f"csrc/cpu/{name}.cpp", [*common, *sanitize])
+    if not needs_torch:
+        return plan.run([])
+    headers, libraries = torch_folders()
+    torch_flags = [TARGET, f"-isystem{headers}", "-Icsrc"]
+    for name in ("bindings", "bindings_engine"):
+        plan.compile(ROOT / f"csrc/{name}.cpp", [*common, *sanitize, *torch_flags])
     return plan.run([compiler, *sanitize, *shared_flags(libraries)])
 
 
@@ -326,6 +331,23 @@ class BuildNative(build_ext):
         return {}
 
 
+class BuildObjects(Command):
+    """Compiles what of the C++ library needs no torch, so that torch can be fetched meanwhile."""
+
+    user_options: ClassVar[list[tuple[str, str, str]]] = []
+
+    def initialize_options(self) -> None:
+        pass
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        # What is wrong here is told by the build itself.
+        with contextlib.suppress(BuildFailure):
+            build_cpu(needs_torch=False)
+
+
 class AnyPythonWheel(bdist_wheel):
     """The libraries use no Python API: one wheel a platform serves every Python 3."""
 
@@ -336,5 +358,9 @@ class AnyPythonWheel(bdist_wheel):
 if __name__ == "__main__":
     setup(
         ext_modules=[Extension("fastalps.lib", sources=[])],
-        cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
+        cmdclass={
+            "build_ext": BuildNative,
+            "build_objects": BuildObjects,
+            "bdist_wheel": AnyPythonWheel,
+        },
     )
