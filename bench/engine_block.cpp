@@ -1,5 +1,5 @@
 // Runs the engine's block kernel without torch or Python, to count its instructions:
-// engine_block PLAN WEIGHTS PATCHES CALLS, see bench/instructions.py.
+// engine_block PLAN WEIGHTS WORDS PATCHES CALLS, see bench/instructions.py.
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
@@ -21,8 +21,10 @@ int main(int, char** arguments) {
   using namespace fastalps;
   const auto plan = contents<int64_t>(arguments[1]);
   const auto weights = contents<float>(arguments[2]);
-  const int64_t patches = std::atoll(arguments[3]), calls = std::atoll(arguments[4]);
-  const EnginePlan engine(plan.data(), plan.size(), weights.data(), weights.size());
+  const auto words = contents<int32_t>(arguments[3]);
+  const int64_t patches = std::atoll(arguments[4]), calls = std::atoll(arguments[5]);
+  const EnginePlan engine(plan.data(), plan.size(), weights.data(), weights.size(), words.data(),
+                          words.size());
   const Network& network = engine.network;
 
   std::vector<uint8_t> pixels(patches * network.pixels());
@@ -48,11 +50,12 @@ int main(int, char** arguments) {
                              patches};
   const int64_t width = kBlockVectors * kernels().lanes;
   std::vector<float> scratch(width * network.scratch());
+  const EngineBlock run_block = engine_block(network.precision);
   for (int64_t call = 0; call < calls; ++call) {
     for (int64_t first = 0; first < patches; first += width) {
       const int64_t count = std::min(width, patches - first);
       const int64_t vectors = (count + kernels().lanes - 1) / kernels().lanes;
-      kernels().engine_block(a, first, count, static_cast<int>(vectors), scratch.data());
+      run_block(a, first, count, static_cast<int>(vectors), scratch.data());
     }
   }
   std::printf("%s %g\n", kernels().name, errors[0]);
