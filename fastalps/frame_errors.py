@@ -91,13 +91,16 @@ def frame_errors(
     rows = 2 if passes == "both" else 1
     shape = (len(frames), plan.patches)
     where = home(frames) if staging is None else network.device
-    errors = torch.zeros(rows, *shape, device=where)
-    kept = None if threshold is None else torch.zeros(shape, dtype=torch.bool, device=where)
+    pieces = list(plan.pieces(len(frames)))
+    errors = kept = None
+    if len(pieces) != 1:
+        errors = torch.zeros(rows, *shape, device=where)
+        kept = None if threshold is None else torch.zeros(shape, dtype=torch.bool, device=where)
     if background is not None and staging is None:
         background = background.to(network.device)
     elif background is not None and staging is not None:
         background = staging.constant(background)
-    for part, band in plan.pieces(len(frames)):
+    for part, band in pieces:
         if band is plan.bands[0]:
             whole = to_tensor(frames[part])
             check_pixels("frames", whole, offset + part.start)
@@ -109,9 +112,16 @@ def frame_errors(
             gate = (background[band.top : band.bottom], threshold)
         with contextlib.nullcontext() if staging is None else staging.span(COMPUTE):
             found, moved = network.frame_errors(pixels, cut, passes, *gate)
-        errors[:, part, band.first : band.last] = found.to(where)
-        if kept is not None and moved is not None:
-            kept[part, band.first : band.last] = moved.to(where)
+        if errors is None:
+            # Copied: what was made in inference mode could not be changed by who gets it.
+            errors = torch.empty_like(found, device=where).copy_(found)
+            if moved is not None:
+                kept = torch.empty_like(moved, device=where).copy_(moved)
+        else:
+            errors[:, part, band.first : band.last] = found.to(where)
+            if kept is not None and moved is not None:
+                kept[part, band.first : band.last] = moved.to(where)
         if staging is not None and band is plan.bands[-1]:
             staging.release()
+    assert errors is not None
     return errors, kept

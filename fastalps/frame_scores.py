@@ -39,12 +39,14 @@ def reduce_patches(
     patches = patches.float()
     if patches.shape[1] == 0:
         return patches.new_zeros(patches.shape[0])
-    if kept is None:
-        kept = torch.ones_like(patches, dtype=torch.bool)
+    number = 1 if reduce == "max" else min(top_k, patches.shape[1])
+    if kept is None:  # By fewer operations: of single frames they would take most of the time.
+        if reduce == "mean":
+            return patches.sum(1) / patches.shape[1]
+        return patches.amax(1) if number == 1 else patches.topk(number, dim=1).values.mean(1)
     count = kept.sum(1)
     if reduce == "mean":
         return patches.where(kept, 0.0).sum(1) / count.clamp(min=1)
-    number = 1 if reduce == "max" else min(top_k, patches.shape[1])
     highest = patches.where(kept, -torch.inf).topk(number, dim=1).values
     # A frame with fewer kept patches than top_k is the mean of those that it has.
     return highest.where(highest > -torch.inf, 0.0).sum(1) / count.clamp(min=1, max=number)

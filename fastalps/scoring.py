@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -391,7 +392,7 @@ class Scorer:
             frames = frames[:, 0]
         size = (int(frames.shape[-2]), int(frames.shape[-1]))
         network = self._network()
-        plan = plan_chunks(
+        plan = _plan(
             size,
             self.patch_size,
             self.stride,
@@ -457,6 +458,10 @@ class _Pending:
     kept: Tensor | None
     size: tuple[int, int]
     arriving: Arriving | None = None
+
+
+# A stream asks for the same plan with every chunk.
+_plan = functools.lru_cache(maxsize=16)(plan_chunks)
 
 
 def _check_kind(score: str) -> None:
