@@ -12,7 +12,8 @@ groups:
   scoring   uint8 frames to both scores of every patch (fastalps.Scorer), all patches and only those
             that move; against the same network in PyTorch eager (fp32, bf16, NCHW, channels-last),
             torch.compile (full run), on CPUs ONNX Runtime and OpenVINO where installed. On CUDA:
-            UCSD Ped2's whole test set, on the device and from pinned memory, and a single frame
+            UCSD Ped2's whole test set, on the device and from pinned memory, and a single frame.
+            What precisions do to errors and AUROC of the pretrained networks, where data are there
   training  one step of the autoencoder and of the distorter at batch 128, 28x28; against a plain
             PyTorch loop; the same of ten models, stacked, on streams (CUDA) and one by one
   memory    extra peak memory of the error ops; of scoring 100,000 frames (full run); import times

@@ -49,15 +49,17 @@ def test_two_processes_are_one(tmp_path, perturbation, batch_norm) -> None:
         torch.set_num_threads(before)
     found, expected = (load_file(f / "result.safetensors") for f in (together, alone))
     assert found.keys() == expected.keys()
-    torch.testing.assert_close(found["history"], expected["history"], rtol=1e-4, atol=1e-7)
+    # One ulp of the first weights moves the errors by 4e-4, convolutions of another instruction set
+    # by 1e-3; without synchronised batch norms or averaged gradients they are off by 5e-2 and more.
+    torch.testing.assert_close(found["history"], expected["history"], rtol=5e-3, atol=1e-7)
     torch.testing.assert_close(found["scores"], expected["scores"], rtol=2e-3, atol=1e-6)
     # As a whole: Adam divides gradients by their own size, so that rounding in one that is nearly
-    # zero is a whole step.
+    # zero is a whole step. With those faults it is 6e-2 and more.
     names = [n for n, v in expected.items() if v.is_floating_point() and n != "scores"]
     two, one = (
         torch.cat([part[n].double().flatten() for n in names]) for part in (found, expected)
     )
-    assert (two - one).norm() < 2e-3 * one.norm()
+    assert (two - one).norm() < 1e-2 * one.norm()
     # One process writes.
     with open(together / "run" / "history.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == 3

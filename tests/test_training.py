@@ -181,6 +181,19 @@ def test_same_seed_same_weights(task) -> None:
     assert changed(weights(first.model), other.model)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_taps_that_meet_no_pixel_stay(task) -> None:
+    """Images of 8x8 have a smallest map of one pixel, which only the middle tap meets."""
+    model = small_model()
+    before = weights(model)
+    after = fit(task, model=model, amp="bf16").model.state_dict()
+    for name in ("encoder.layers.9.weight", "decoder.layers.2.weight"):
+        unmet = torch.ones(3, 3, dtype=torch.bool)
+        unmet[1, 1] = False
+        assert after[name].isfinite().all() and not torch.equal(after[name], before[name])
+        assert torch.equal(after[name][..., unmet], before[name][..., unmet])
+
+
 @pytest.mark.parametrize(
     "options",
     [

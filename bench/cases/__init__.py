@@ -9,7 +9,7 @@ from bench.harness import Case, Settings
 
 GROUPS = {
     "ops": ("ops",),
-    "scoring": ("scoring", "gpu_scoring"),
+    "scoring": ("scoring", "gpu_scoring", "accuracy"),
     "training": ("training",),
     "memory": ("memory",),
 }

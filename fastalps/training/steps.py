@@ -45,6 +45,30 @@ def frozen(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def zero_unmet_taps(model: ALPS) -> None:
+    """Makes the gradients zero of taps that meet no pixel of the smallest maps, as they are.
+
+    oneDNN (of torch 2.13) leaves them unwritten for maps of one pixel, in bf16 on processors with
+    AVX-512 but without its bf16 instructions: weights became NaN.
+    """
+    large, small = model.config.map_sizes()[3:]
+    rows, columns = (
+        torch.tensor([any(0 <= 2 * s - 1 + tap < n for s in range(m)) for tap in range(3)])
+        for n, m in zip(large, small, strict=True)
+    )
+    met = rows[:, None] & columns
+    encoders = [model.encoder] + ([] if model.distorter is None else [model.distorter.encoder])
+    layers: list[nn.Module] = [
+        [layer for layer in encoder.modules() if isinstance(layer, nn.Conv2d)][-1]
+        for encoder in encoders
+    ]
+    layers.append(next(x for x in model.decoder.modules() if isinstance(x, nn.ConvTranspose2d)))
+    for layer in layers:
+        weight = layer.weight
+        if not met.all() and isinstance(weight, Tensor) and weight.requires_grad and weight.is_leaf:
+            weight.register_hook(lambda grad: torch.where(met, grad, 0))
+
+
 class Steps:
     """Both players' optimisers and their steps on one batch.
 
@@ -65,6 +89,8 @@ class Steps:
         self.encode = compiled(model.encoder)
         self.decode = compiled(model.decoder)
         self.noise = torch.Generator(self.device)
+        if self.device.type == "cpu" and config.amp == "bf16":
+            zero_unmet_taps(model)
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Each player's Adam."""
