@@ -84,13 +84,7 @@ FASTALPS_DEVICE void second_convolution(const Lane& lane, const unsigned char* m
   const unsigned char* const corner =
       map + In::chunk(lane.half, 2 * first_row * S::kRow + lane.row % 8);
   float sums[kDown][kAcross][4];
-#pragma unroll
-  for (int across = 0; across < kAcross; ++across) {
-    const int channel = joint_channel<kAcross>(lane.quad) + 2 * across;
-    const float bias[2] = {read_only(biases + channel), read_only(biases + channel + 1)};
-#pragma unroll
-    for (int part = 0; part < 4 * kDown; ++part) sums[part / 4][across][part % 4] = bias[part % 2];
-  }
+  start_joint(lane, biases, sums);
 #pragma unroll
   for (int tap = 0; tap < 9; ++tap) {
 #pragma unroll

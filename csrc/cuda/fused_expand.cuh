@@ -144,16 +144,7 @@ FASTALPS_DEVICE void expand_second(const Lane& lane, const unsigned char* input,
   TapStream<kAcross> stream(weights + first_column * kLanes + lane.index,
                             kSteps * kColumns * kLanes, kColumns * kLanes);
   float sums[2 * S::kSide][kAcross][4];
-#pragma unroll
-  for (int across = 0; across < kAcross; ++across) {
-    const float* const mine =
-        biases + first_column * kTileColumns + joint_channel<kAcross>(lane.quad) + 2 * across;
-    const float bias[2] = {read_only(mine), read_only(mine + 1)};
-#pragma unroll
-    for (int part = 0; part < 8 * S::kSide; ++part) {
-      sums[part / 4][across][part % 4] = bias[part % 2];
-    }
-  }
+  start_joint(lane, biases + first_column * kTileColumns, sums);
 #pragma unroll 1
   for (int step = 0; step < kSteps; ++step) {
     const bool more = step + 1 < kSteps;

@@ -55,18 +55,17 @@ struct Lane {
         half(index / 16) {}
 };
 
-// Byte offsets within a map of kChannels. The chunks of a pixel are permuted so that 8 pixels, read
-// at distances of kStep pixels, meet all 32 banks of shared memory.
-template <int kChannels, int kStep = 1>
+// Byte offsets within a map of kChannels. The chunks of a pixel are permuted so that 8 pixels
+// in a row meet all 32 banks of shared memory.
+template <int kChannels>
 struct Map {
   static constexpr int kChunks = kChannels / kChunkChannels;
   static_assert(kChannels % kChunkChannels == 0);
 
   FASTALPS_INDEX static int twist(int pixel) {
-    const int row = pixel / kStep;
-    if (kChunks % 8 == 0) return row & 7;
-    if (kChunks % 4 == 0) return (row >> 1) & 3;
-    if (kChunks % 2 == 0) return (row >> 2) & 1;
+    if (kChunks % 8 == 0) return pixel & 7;
+    if (kChunks % 4 == 0) return (pixel >> 1) & 3;
+    if (kChunks % 2 == 0) return (pixel >> 2) & 1;
     return 0;
   }
   FASTALPS_INDEX static int chunk(int pixel, int chunk) {

@@ -129,6 +129,19 @@ FASTALPS_DEVICE void copy_chunks(unsigned char* target, const void* source, int 
   }
 }
 
+// Sums of tiles packed for `joint_channel` begin with the biases of their channels.
+template <int kDown, int kAcross>
+FASTALPS_DEVICE void start_joint(const Lane& lane, const float* biases,
+                                 float (&sums)[kDown][kAcross][4]) {
+#pragma unroll
+  for (int across = 0; across < kAcross; ++across) {
+    const float* const mine = biases + joint_channel<kAcross>(lane.quad) + 2 * across;
+    const float bias[2] = {read_only(mine), read_only(mine + 1)};
+#pragma unroll
+    for (int part = 0; part < 4 * kDown; ++part) sums[part / 4][across][part % 4] = bias[part % 2];
+  }
+}
+
 // One row's results of kAcross tiles, packed for `joint_channel`: 4 * kAcross bytes a lane.
 template <int kAcross>
 FASTALPS_DEVICE void put_joint(unsigned char* pixel, const Lane& lane, int lower, float slope,
