@@ -103,8 +103,9 @@ def pack_fused(model: ALPS) -> PackedWeights:
     first = pairs[0]
     matrices: list[Tensor] = []
     biases: list[Tensor] = []
-    # The kernels read pixels in gray levels, which bf16 holds exactly.
-    matrices.append(torch.cat([_terms(_rounded(weight / 255)) for weight, _ in first], 1))
+    # The kernels read pixels in gray levels, which bf16 holds exactly, and ones for the biases.
+    taps = torch.cat([_terms(_rounded(weight / 255)) for weight, _ in first], 1)
+    matrices.append(torch.cat([taps, _parts(torch.cat([bias for _, bias in first]))]))
     biases += [bias for _, bias in first]
     # The last layer's pixels are summed, not averaged.
     pixels = [1, 1, network.config.map_sizes()[4][0] * network.config.map_sizes()[4][1]]
@@ -127,12 +128,14 @@ def pack_fused(model: ALPS) -> PackedWeights:
         weight = _rounded(layer.weight.transpose(0, 1), phases)
         # With stride 1 it is a convolution by the mirrored kernel.
         mirrored = layer.stride == (1, 1)
-        matrices.append(_row_terms(weight.flip(2, 3)) if mirrored else _terms(weight))
+        if layer is transposed[-1]:
+            # It has one output: the three taps of a row are the columns.
+            matrices += _row_columns(weight.flip(2, 3))
+        else:
+            matrices.append(_row_terms(weight.flip(2, 3)) if mirrored else _terms(weight))
         if layer is transposed[1]:
             matrices[-1] = _joint(matrices[-1], 2 if layer.out_channels >= 64 else 1)
         biases.append(_bias(layer))
-    # The last layer has one output: its rows of taps are the columns.
-    matrices[-1] = matrices[-1].reshape(3, -1).T
     biases.append(torch.zeros(-biases[-1].numel() % OUTPUTS, dtype=torch.float64))
     weights = torch.cat([fragments(matrix) for matrix in matrices])
     return PackedWeights(weights.to(torch.bfloat16).contiguous(), torch.cat(biases).float())
@@ -153,6 +156,15 @@ def _rounded(weight: Tensor, together: Sequence[Sequence[int]] = EVERY_TAP) -> T
     return taps.permute(1, 2, 0).reshape(weight.shape)
 
 
+def _parts(values: Tensor) -> Tensor:
+    """(n,) -> (3, n): values of bf16 that sum up to what float32 holds."""
+    parts = []
+    for _ in range(3):
+        parts.append(values.to(torch.bfloat16).to(values.dtype))
+        values = values - parts[-1]
+    return torch.stack(parts)
+
+
 def _joint(matrix: Tensor, across: int) -> Tensor:
     """Outputs in the order in which a lane's columns of `across` tiles are neighbouring channels:
     see `joint_channel` of csrc/cuda/fused_index.h. Biases stay in the order of channels."""
@@ -165,6 +177,11 @@ def _row_terms(weight: Tensor) -> Tensor:
     """As `_terms`, but with each row's taps padded with zeros to whole fragments."""
     rows = weight.permute(2, 3, 1, 0).flatten(1, 2)
     return nn.functional.pad(rows, (0, 0, 0, -rows.shape[1] % TERMS)).flatten(0, 1)
+
+
+def _row_columns(weight: Tensor) -> list[Tensor]:
+    """(1, in, 3, 3) -> of each row of taps (in, 3)."""
+    return list(weight[0].transpose(0, 1))
 
 
 def _terms(weight: Tensor) -> Tensor:

@@ -1,288 +1,324 @@
-// Kernel D: the decoder's last four layers, sigmoid and error. A row is one decoder pass of a
-// patch.
+// Kernel D: the decoder's last four layers, sigmoid and error. A row of work is one decoder pass of
+// a patch; where its maps lie and why: `DecodeShape`.
 #pragma once
 
 #include "fused_layers.cuh"
 
 namespace fastalps::cuda::fused {
 
-// One row's results of a tile, from its columns on, if it is to be `stored`: zeros where it is not
-// `inside`. `place` is a pixel of the map's first plane. Results are finished in any case: a store
-// is cheaper skipped by itself than behind a branch.
-template <class Out, int kAcross>
-FASTALPS_DEVICE void put_row(const Lane& lane, unsigned char* place, int lower, float slope,
-                             bool stored, bool inside, const float (&sums)[kAcross][4]) {
-  uint32_t pairs[kAcross];
-#pragma unroll
-  for (int across = 0; across < kAcross; ++across) {
-    const float* const found = sums[across] + 2 * lower;
-    const uint32_t pair = leaky_pair(found[0], found[1], slope);
-    pairs[across] = inside ? pair : 0;
-  }
-#pragma unroll
-  for (int across = 0; across < kAcross; ++across) {
-    if (stored) put(place + Out::chunk(across, 0) + 4 * lane.quad, pairs[across]);
-  }
-}
-
-// The next row's map, plane by plane, and the cells of zeros behind it; see `await_copies`.
+// The next row's map, plane by plane; see `await_copies`.
 template <class S>
 FASTALPS_DEVICE void fetch_input(const Work& work, int row, unsigned char* input) {
   constexpr int kChunks = S::kInputs / kChunkChannels;
   const unsigned char* const source = work.maps + static_cast<int64_t>(row) * (S::kInputValues * 2);
-  for (int item = thread_index(); item < S::kInputPixels * kChunks; item += kBlock) {
-    copy_async(input + S::InputMap::chunk(item % kChunks, item / kChunks),
-               source + item * kChunkBytes);
-  }
-  if (thread_index() < 8 * kChunks) {
-    const int cell = S::kInputPixels + thread_index() % 8;
-    *reinterpret_cast<uint4*>(input + S::InputMap::chunk(thread_index() / 8, cell)) = uint4{};
+  constexpr int kItems = S::kInputPixels * kChunks;
+#pragma unroll
+  for (int i = 0; i < divide_up(kItems, kBlock); ++i) {
+    const int item = thread_index() + i * kBlock, pixel = item / kChunks;
+    if (kItems % kBlock != 0 && item >= kItems) break;
+    const int cell = pixel / S::kQuarter * S::kInputPitch + pixel % S::kQuarter;
+    copy_async(input + S::InputMap::chunk(item % kChunks, cell), source + item * kChunkBytes);
   }
 }
 
-// The zeros to the right of the third layer's map and below it.
+// The third layer: kThirdDown tiles of two rows of anchors, one column. A transposed convolution
+// (see `tap_phase`) makes of the four inputs at and after each anchor its four phases of results.
 template <class S>
-FASTALPS_DEVICE void border_third(unsigned char* map) {
-  constexpr int kCells = 2 * S::kHalf + 1;
-  for (int item = thread_index(); item < kCells * (S::kThird / kChunkChannels); item += kBlock) {
-    const int cell = item % kCells;
-    const int pixel = cell < S::kHalf ? cell * S::kHalfPitch + S::kHalf
-                                      : S::kHalf * S::kHalfPitch + cell - S::kHalf;
-    *reinterpret_cast<uint4*>(map + S::ThirdMap::chunk(item / kCells, pixel)) = uint4{};
-  }
-}
-
-// The zeros around the fourth layer's.
-template <class S>
-FASTALPS_DEVICE void border_fourth(unsigned char* map) {
-  constexpr int kSide = S::kSize + 2, kCells = 4 * S::kSize + 4;
-  for (int item = thread_index(); item < kCells * (S::kFourth / kChunkChannels); item += kBlock) {
-    const int cell = item % kCells;
-    int row = cell < kSide ? 0 : kSide - 1, column = cell < kSide ? cell : cell - kSide;
-    if (cell >= 2 * kSide) {
-      row = 1 + (cell - 2 * kSide) / 2;
-      column = (cell - 2 * kSide) % 2 * (kSide - 1);
-    }
-    const int pixel = row * S::kPitch + column + 1;
-    *reinterpret_cast<uint4*>(map + S::FourthMap::chunk(item / kCells, pixel)) = uint4{};
-  }
-}
-
-// The products of one tap of a transposed convolution of stride 2 (see `tap_phase`): the four
-// inputs at and after each anchor, a[2 * y + x], give its four phases of outputs, sums[2 * y + x].
-template <int kAcross>
-FASTALPS_DEVICE void multiply_tap(int tap, int across, const Operand (&a)[4], uint2 b,
-                                  float (&sums)[4][kAcross][4]) {
-  const int phase = 2 * tap_phase(tap / 3) + tap_phase(tap % 3);
-  const int neighbour = 2 * tap_neighbour(tap / 3) + tap_neighbour(tap % 3);
-  multiply_add(sums[phase][across], a[neighbour], b);
-}
-
-// The third layer: a tile of 16 anchors, kThirdAcross columns.
-template <class S>
-FASTALPS_DEVICE void third_tile(const Lane& lane, const unsigned char* input, const uint2* weights,
-                                const float* biases, float slope, int tile, int first_column,
+FASTALPS_DEVICE void third_rows(const Lane& lane, const unsigned char* input, const uint2* weights,
+                                const float* biases, float slope, int first_row, int column,
                                 unsigned char* output) {
   using In = typename S::InputMap;
   using Out = typename S::ThirdMap;
-  constexpr int kAcross = S::kThirdAcross, kColumns = S::kThird / kTileColumns;
-  constexpr int kSteps = S::kInputs / kTileTerms;
-  const int anchor = tile * kTileRows + lane.row;
-  // A row's last anchor has no neighbour to the right: zeros, from the banks where it would be.
-  const bool last = anchor % S::kQuarter == S::kQuarter - 1;
-  const unsigned char* at[4];
+  constexpr int kDown = S::kThirdDown, kSteps = S::kInputs / kTileTerms;
+  const unsigned char* const corner =
+      input + In::chunk(lane.half, (first_row + lane.row / 8) * S::kInputPitch + lane.row % 8);
+  // Of the row below the last tile both distances are read at once.
+  const unsigned char* const bottom =
+      input + In::chunk(lane.half, (first_row + 2 * kDown) * S::kInputPitch + lane.row % 8 +
+                                       lane.row / 8);
+  const Biases<1> bias(lane, biases, column);
+  float sums[kDown][4][1][4];
 #pragma unroll
-  for (int neighbour = 0; neighbour < 4; ++neighbour) {
-    int pixel = anchor + neighbour / 2 * S::kQuarter + neighbour % 2;
-    if (neighbour % 2 == 1 && last) pixel = S::kInputPixels + ((pixel - S::kInputPixels) & 7);
-    at[neighbour] = input + In::chunk(lane.half, pixel);
-  }
-  const Biases<kAcross> bias(lane, biases, first_column);
-  float sums[4][kAcross][4];
+  for (int i = 0; i < 4 * kDown; ++i) start_sums(sums[i / 4][i % 4], bias);
 #pragma unroll
-  for (int phase = 0; phase < 4; ++phase) start_sums(sums[phase], bias);
-#pragma unroll 1
   for (int step = 0; step < kSteps; ++step) {
-    Operand a[4];
+    // Of each row of anchors, by distance to the right, two matrices: the halves of the terms.
+    uint32_t found[2 * kDown + 1][2][2];
 #pragma unroll
-    for (int neighbour = 0; neighbour < 4; ++neighbour) {
-      a[neighbour] = load_operand(at[neighbour] + In::chunk(2 * step, 0));
+    for (int pair = 0; pair <= 2 * kDown; ++pair) {
+      const bool last = pair == 2 * kDown;
+      const int row = pair / 2 * 2, distance = pair % 2;
+      const Operand a = load_operand(last ? bottom + In::chunk(2 * step, 0)
+                                          : corner + In::chunk(2 * step, row * S::kInputPitch +
+                                                                             distance));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        (last ? found[row][i % 2] : found[row + i % 2][distance])[i / 2] = a.word[i];
+      }
     }
-    const uint2* const first = weights + (step * kColumns + first_column) * kLanes + lane.index;
+    const uint2* const first = weights + (step * S::kThirdColumns + column) * kLanes + lane.index;
 #pragma unroll
     for (int tap = 0; tap < 9; ++tap) {
+      const uint2 b = first[tap * kSteps * S::kThirdColumns * kLanes];
+      const int phase = 2 * tap_phase(tap / 3) + tap_phase(tap % 3);
+      const int below = tap_neighbour(tap / 3), right = tap_neighbour(tap % 3);
 #pragma unroll
-      for (int across = 0; across < kAcross; ++across) {
-        const uint2 b = first[(tap * kSteps * kColumns + across) * kLanes];
-        multiply_tap(tap, across, a, b, sums);
+      for (int down = 0; down < kDown; ++down) {
+        const auto& upper = found[2 * down + below][right];
+        const auto& lower = found[2 * down + below + 1][right];
+        multiply_add(sums[down][phase][0], {{upper[0], lower[0], upper[1], lower[1]}}, b);
       }
     }
   }
 #pragma unroll
-  for (int lower = 0; lower < 2; ++lower) {
-    const int mine = tile * kTileRows + lane.group + 8 * lower;
-    const int row = 2 * (mine / S::kQuarter), column = 2 * (mine % S::kQuarter);
+  for (int row = 0; row < 2 * kDown; ++row) {
 #pragma unroll
     for (int phase = 0; phase < 4; ++phase) {
-      const int y = row + phase / 2, x = column + phase % 2;
-      const bool stored = mine < S::kInputPixels && y < S::kHalf && x < S::kHalf;
-      put_row<Out>(lane, output + Out::chunk(first_column, y * S::kHalfPitch + x), lower, slope,
-                   stored, true, sums[phase]);
+      const int y = 2 * (first_row + row) + phase / 2, x = 2 * lane.group + phase % 2;
+      const float* const mine = sums[row / 2][phase][0] + 2 * (row % 2);
+      const uint32_t pair = leaky_pair(mine[0], mine[1], slope);
+      put(output + Out::chunk(column, S::third_cell(y, x)) + 4 * lane.quad,
+          y < S::kHalf && x < S::kHalf ? pair : 0);
     }
   }
 }
 
-// The fourth layer: two rows of anchors, a tile each, which share weights and the row between.
+// The fourth layer: a share of the rows of anchors, one column. A tile is a row: its even anchors,
+// then its odd ones. A row of inputs serves the anchors above it and those in it.
 template <class S>
 FASTALPS_DEVICE void fourth_rows(const Lane& lane, const unsigned char* map, const uint2* weights,
-                                 const float* biases, float slope, int first_row,
+                                 const float* biases, float slope, int part, int column,
                                  unsigned char* output) {
   using In = typename S::ThirdMap;
   using Out = typename S::FourthMap;
-  constexpr int kAcross = S::kFourthAcross;
-  constexpr int kSteps = S::kThird / kTileTerms;
+  constexpr int kSteps = S::kThird / kTileTerms, kMost = S::FourthShares::kMost;
+  const int first_row = S::FourthShares::first(part);
   const unsigned char* const corner =
       map + In::chunk(lane.half, first_row * S::kHalfPitch + lane.row);
-  const Biases<kAcross> bias(lane, biases, 0);
-  float sums[2][4][kAcross][4];
+  const bool full = S::FourthShares::full(part);
+  // To the right of odd anchors are even ones.
+  const unsigned char* const next =
+      map + In::chunk(lane.row / 8, first_row * S::kHalfPitch + 1 + lane.row % 8);
+  Operand at;
+  HalfOperand after;
+  const auto load = [&](int row, int step) {
+    at = load_operand(corner + In::chunk(2 * step, row * S::kHalfPitch));
+    after = load_half(next + In::chunk(2 * step, row * S::kHalfPitch));
+  };
+  load(0, 0);
+  uint2 b[9][kSteps];
 #pragma unroll
-  for (int phase = 0; phase < 8; ++phase) start_sums(sums[phase / 4][phase % 4], bias);
-#pragma unroll 1
-  for (int step = 0; step < kSteps; ++step) {
-    Operand a[3][2];
+  for (int i = 0; i < 9 * kSteps; ++i) {
+    b[i / kSteps][i % kSteps] = weights[(i * S::kFourthColumns + column) * kLanes + lane.index];
+  }
+  const Biases<1> bias(lane, biases, column);
+  float sums[2][4][4];
 #pragma unroll
-    for (int cell = 0; cell < 6; ++cell) {
-      a[cell / 2][cell % 2] =
-          load_operand(corner + In::chunk(2 * step, cell / 2 * S::kHalfPitch + cell % 2));
-    }
-    const uint2* const first = weights + step * kAcross * kLanes + lane.index;
+  for (int row = 0; row <= kMost; ++row) {
+    bool fresh[4] = {true, true, true, true};  // This row's phases have no sums yet.
+    if (row == kMost && !full) break;
 #pragma unroll
-    for (int tap = 0; tap < 9; ++tap) {
-      const int phase = 2 * tap_phase(tap / 3) + tap_phase(tap % 3);
+    for (int step = 0; step < kSteps; ++step) {
+      const Operand found = at;
+      const HalfOperand beyond = after;
+      const Operand a[2] = {found,
+                            {{found.word[1], beyond.word[0], found.word[3], beyond.word[1]}}};
+      // The next step's, if there is one.
+      const int following = row * kSteps + step + 1;
+      if (following < kMost * kSteps || (following < (kMost + 1) * kSteps && full)) {
+        load(following / kSteps, following % kSteps);
+      }
 #pragma unroll
-      for (int across = 0; across < kAcross; ++across) {
-        const uint2 b = first[(tap * kSteps * kAcross + across) * kLanes];
-#pragma unroll
-        for (int down = 0; down < 2; ++down) {
-          multiply_add(sums[down][phase][across],
-                       a[down + tap_neighbour(tap / 3)][tap_neighbour(tap % 3)], b);
+      for (int tap = 0; tap < 9; ++tap) {
+        const int anchor = row - tap_neighbour(tap / 3);
+        if (anchor < 0 || anchor == kMost) continue;
+        const int phase = 2 * tap_phase(tap / 3) + tap_phase(tap % 3);
+        float(&mine)[4] = sums[anchor % 2][phase];
+        const Operand& right = a[tap_neighbour(tap % 3)];
+        if (anchor == row && fresh[phase]) {
+          multiply_add(mine, right, b[tap][step], bias.four[0]);
+          fresh[phase] = false;
+        } else {
+          multiply_add(mine, right, b[tap][step]);
         }
       }
     }
-  }
-#pragma unroll
-  for (int down = 0; down < 2; ++down) {
+    if (row == 0) continue;
+    const int done = row - 1;
 #pragma unroll
     for (int phase = 0; phase < 4; ++phase) {
-      const int y = 2 * (first_row + down) + phase / 2;
+      const float(&mine)[4] = sums[done % 2][phase];
 #pragma unroll
-      for (int lower = 0; lower < 2; ++lower) {
-        const int x = 2 * (lane.group + 8 * lower) + phase % 2;
-        const bool stored = y < S::kSize && x < S::kSize;
-        put_row<Out>(lane, output + Out::chunk(0, (y + 1) * S::kPitch + x + 2), lower, slope,
-                     stored, true, sums[down][phase]);
+      for (int odd = 0; odd < 2; ++odd) {
+        const int kind = 2 * odd + phase % 2;  // The column is four times the group more.
+        const uint32_t pair = leaky_pair(mine[2 * odd], mine[2 * odd + 1], slope);
+        const int cell = S::fourth_cell(2 * (first_row + done) + phase / 2, kind) + lane.group;
+        if (4 * lane.group + kind < S::kSize) put(output + Out::chunk(column, cell) + 4 * lane.quad, pair);
       }
     }
   }
 }
 
-// Where a lane's terms of a step of a layer of stride 1 begin: the taps of a row, left to right,
-// and within a tap its planes. Behind the last tap weights are zeros; it is read once more.
-template <class In, int kInputs>
-FASTALPS_DEVICE int row_terms(const Lane& lane, int step) {
-  constexpr int kChunks = kInputs / kChunkChannels;
-  const int chunk = 2 * step + lane.half;
-  const int tap = chunk / kChunks < 3 ? chunk / kChunks : 2;
-  return In::chunk(chunk % kChunks, tap);
+// A row of the last layer's products, a column of taps in each of a lane's columns.
+template <class S>
+FASTALPS_DEVICE void put_products(const Lane& lane, float* place, const float (&sums)[4]) {
+  if (lane.quad < 2) {
+    *reinterpret_cast<float2*>(place + lane.quad * S::plane_at(2)) = float2{sums[0], sums[2]};
+  }
+  if (lane.quad == 0) {
+    *reinterpret_cast<float2*>(place + S::plane_at(1)) = float2{sums[1], sums[3]};
+  }
 }
 
-// The fifth layer, of stride 1: a strip of kStripRows tiles, one below the other, so that an
-// operand serves the three rows of results around it.
+// The operands of a row of the fifth layer: its taps' columns meet the runs of 8 pixels that
+// `DecodeShape` has for a side, a tap two neighbouring ones.
 template <class S>
-FASTALPS_DEVICE void fifth_strip(const Lane& lane, const unsigned char* map, const uint2* weights,
-                                 const float* biases, float slope, int first_row, int side,
-                                 unsigned char* output) {
-  using In = typename S::FourthMap;
-  using Out = typename S::FifthMap;
-  constexpr int kAcross = S::kFifthAcross, kRows = S::kStripRows;
-  const int first_column = side * kTileRows;
+struct FifthRow {
+  static constexpr int kPlanes = S::kFourth / kChunkChannels;
+  static_assert(kPlanes == 1 || kPlanes % 2 == 0);
+  // One plane: all runs at once. Two: of both, the first two runs, and the others.
+  Operand found[kPlanes];
+
+  FASTALPS_DEVICE static const unsigned char* corner(const Lane& lane, const unsigned char* map,
+                                                     int first_row, int side) {
+    const int run = kPlanes == 1 ? lane.index / 8 : lane.row / 8;
+    const int plane = kPlanes == 1 ? 0 : lane.half;
+    return map + S::FourthMap::chunk(plane, first_row * S::kPitch + S::run_at(side, run) +
+                                                lane.index % 8);
+  }
+
+  // `beyond`: from the first two runs to the others.
+  FASTALPS_DEVICE void load(const unsigned char* corner, int beyond, int row) {
+#pragma unroll
+    for (int i = 0; i < kPlanes; ++i) {
+      found[i] = load_operand(corner + i % 2 * beyond +
+                              S::FourthMap::chunk(i / 2 * 2, row * S::kPitch));
+    }
+  }
+
+  // Behind the last tap weights are zeros; it is taken once more.
+  FASTALPS_DEVICE Operand step(int number) const {
+    if constexpr (kPlanes == 1) {
+      const uint32_t* const runs = found[0].word;
+      if (number == 0) return {{runs[0], runs[1], runs[1], runs[2]}};
+      return {{runs[2], runs[3], runs[2], runs[3]}};
+    } else {
+      const int tap = number / (kPlanes / 2), planes = number % (kPlanes / 2) * 2;
+      const Operand &first = found[planes], &second = found[planes + 1];
+      if (tap == 0) return first;
+      if (tap == 2) return second;
+      return {{first.word[1], second.word[0], first.word[3], second.word[2]}};
+    }
+  }
+};
+
+// The last two layers, of stride 1: a share of the rows, the columns of one side. A row of inputs
+// serves the three rows of results around it, and a row of the fifth layer's results, which are
+// operands as they stand, the three rows of products around it.
+template <class S>
+FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const uint2* weights,
+                               const uint2* last_weights, const float* biases, float slope,
+                               int part, int side, float* products) {
+  constexpr int kAcross = S::kFifthAcross, kSteps = S::kFifthSteps;
+  constexpr int kMost = S::FifthShares::kMost;
+  constexpr float kZeros[4] = {};
+  const bool full = S::FifthShares::full(part);
+  const int first_row = S::FifthShares::first(part);
+  const unsigned char* const corner = FifthRow<S>::corner(lane, map, first_row, side);
+  const int beyond = S::FourthMap::chunk(0, S::run_at(side, 2 + lane.row / 8) -
+                                                S::run_at(side, lane.row / 8));
+  float* const strip =
+      products + part * S::kStripRows * S::kProductPitch + 4 * lane.group + 2 * side;
+  FifthRow<S> next;
+  next.load(corner, beyond, 0);
+  uint2 b[3][kSteps][kAcross], last[3][S::kLastSteps];
+#pragma unroll
+  for (int i = 0; i < 3 * kSteps * kAcross; ++i) {
+    b[i / (kSteps * kAcross)][i / kAcross % kSteps][i % kAcross] =
+        weights[i * kLanes + lane.index];
+  }
+#pragma unroll
+  for (int i = 0; i < 3 * S::kLastSteps; ++i) {
+    last[i / S::kLastSteps][i % S::kLastSteps] = last_weights[i * kLanes + lane.index];
+  }
   const Biases<kAcross> bias(lane, biases, 0);
-  float sums[kRows][kAcross][4];
+  float sums[3][kAcross][4];  // Of the results of a row and the two above it, in turn.
+  // Products of the rows above, of and below the last one that is done.
+  float above[4] = {}, here[4] = {}, below[4];
 #pragma unroll
-  for (int row = 0; row < kRows; ++row) start_sums(sums[row], bias);
+  for (int row = 0; row < kMost + 2; ++row) {
+    const FifthRow<S> found = next;
+    // Behind a share that is not full there may be none.
+    if (row < kMost || (row == kMost && full)) next.load(corner, beyond, row + 1);
 #pragma unroll
-  for (int step = 0; step < S::kFifthSteps; ++step) {
-    const unsigned char* const left =
-        map + In::chunk(0, first_column + lane.row) + row_terms<In, S::kFourth>(lane, step);
-    Operand a[kRows + 2];
+    for (int step = 0; step < kSteps; ++step) {
+      const Operand a = found.step(step);
 #pragma unroll
-    for (int row = 0; row < kRows + 2; ++row) {
-      // Below the map there is nothing to read; those results are not stored.
-      const int mine = first_row + row < S::kSize + 1 ? first_row + row : S::kSize + 1;
-      a[row] = load_operand(left + In::chunk(0, mine * S::kPitch));
-    }
+      for (int tap_row = 0; tap_row < 3; ++tap_row) {
+        const int result = row - tap_row;
+        if (result < 0 || result >= kMost) continue;
 #pragma unroll
-    for (int tap_row = 0; tap_row < 3; ++tap_row) {
-#pragma unroll
-      for (int across = 0; across < kAcross; ++across) {
-        const int fragment = (tap_row * S::kFifthSteps + step) * kAcross + across;
-        const uint2 b = weights[fragment * kLanes + lane.index];
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) multiply_add(sums[row][across], a[row + tap_row], b);
+        for (int across = 0; across < kAcross; ++across) {
+          float(&mine)[4] = sums[result % 3][across];
+          if (tap_row == 0 && step == 0) {
+            multiply_add(mine, a, b[tap_row][step][across], bias.four[across]);
+          } else {
+            multiply_add(mine, a, b[tap_row][step][across]);
+          }
+        }
       }
     }
-  }
-#pragma unroll
-  for (int row = 0; row < kRows; ++row) {
-#pragma unroll
-    for (int lower = 0; lower < 2; ++lower) {
-      // Columns count from the border; what is outside has to be zero for the last layer.
-      const int column = first_column + lane.group + 8 * lower;
-      const bool inside = column > 0 && column <= S::kSize;
-      put_row<Out>(lane, output + Out::chunk(0, (first_row + row) * S::kPitch + column + 1), lower,
-                   slope, first_row + row < S::kSize, inside, sums[row]);
-    }
-  }
-}
-
-// The last layer's products: of each pixel, for each of the three rows of taps, the sum over the
-// taps of that row. Its one output is the sum of three of them, from three rows.
-template <class S>
-FASTALPS_DEVICE void last_products(const Lane& lane, const unsigned char* map, const uint2* weights,
-                                   float* products) {
-  using In = typename S::FifthMap;
-  uint2 b[S::kLastSteps];
-  int terms[S::kLastSteps];
-#pragma unroll
-  for (int step = 0; step < S::kLastSteps; ++step) {
-    b[step] = weights[step * kLanes + lane.index];
-    terms[step] = row_terms<In, S::kFifth>(lane, step);
-  }
-  for (int first = lane.warp * kTileRows; first < S::kSize * S::kPitch;
-       first += kWarps * kTileRows) {
-    float sums[4] = {};
+    if (row < 2) continue;
+    const int done = row - 2;
+    const float(&mine)[kAcross][4] = sums[done % 3];
 #pragma unroll
     for (int step = 0; step < S::kLastSteps; ++step) {
-      const Operand a = load_operand(map + In::chunk(0, first + lane.row) + terms[step]);
-      multiply_add(sums, a, b[step]);
-    }
+      Operand a;
 #pragma unroll
-    for (int part = 0; part < 4; ++part) {
-      const int tap_row = 2 * lane.quad + part % 2;
-      if (tap_row < 3) {
-        products[tap_row * S::kPlane + first + lane.group + 8 * (part / 2)] = sums[part];
+      for (int i = 0; i < 4; ++i) {
+        const int across = 2 * step + i / 2;
+        a.word[i] = across >= kAcross
+                        ? 0
+                        : leaky_pair(mine[across][i % 2 * 2], mine[across][i % 2 * 2 + 1], slope);
       }
+      if (step == 0) {
+        multiply_add(below, a, last[0][step], kZeros);
+      } else {
+        multiply_add(below, a, last[0][step]);
+      }
+      multiply_add(here, a, last[1][step]);
+      multiply_add(above, a, last[2][step]);
+    }
+    put_products<S>(lane, strip + done * S::kProductPitch, above);
+    if (done + 1 == kMost || (done + 2 == kMost && !full)) break;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      above[i] = here[i];
+      here[i] = below[i];
     }
   }
+  float* const end = strip + S::FifthShares::rows(part) * S::kProductPitch;
+  put_products<S>(lane, end, here);
+  put_products<S>(lane, end + S::kProductPitch, below);
 }
 
-// What a pixel's reconstruction is off; `cell` is its place in a plane of products.
+// A pixel's reconstruction.
 template <class S>
-FASTALPS_DEVICE float residual(const float* products, float bias, float target, int row, int cell) {
-  float logit = bias + products[S::kPlane + cell];
-  if (row > 0) logit += products[cell - S::kPitch];
-  if (row < S::kSize - 1) logit += products[2 * S::kPlane + cell + S::kPitch];
-  return 1.0f / (1.0f + exponential(-logit)) - target;
+FASTALPS_DEVICE float reconstruction(const float* products, float bias, int y, int x) {
+  using Shares = typename S::FifthShares;
+  const int part = Shares::part_of(y), row = y - Shares::first(part);
+  // The sum of a row of taps.
+  const auto taps = [&](int strip, int line) {
+    const float* const place = products + (strip * S::kStripRows + line) * S::kProductPitch + x;
+    float sum = place[S::plane_at(1)];
+    if (x > 0) sum += place[S::plane_at(0) - 1];
+    if (x < S::kSize - 1) sum += place[S::plane_at(2) + 1];
+    return sum;
+  };
+  float logit = bias + taps(part, row + 1);
+  if (row == 0 && part > 0) logit += taps(part - 1, Shares::rows(part - 1) + 1);
+  if (row == Shares::rows(part) - 1 && part < Shares::kParts - 1) logit += taps(part + 1, 0);
+  return reciprocal(1.0f + exponential(-logit));
 }
 
 // The mean along an axis of the values up to `reach` from the `place`th, as far as there are any.
@@ -314,16 +350,17 @@ FASTALPS_DEVICE float smoothed_squares(const Work& work, float* planes) {
   return sum;
 }
 
-// Each block holds all weights and takes rows in turn; the reconstruction stays in registers.
+// Each block holds all weights and takes rows of work in turn; the reconstruction stays in
+// registers.
 template <class S>
 FASTALPS_DEVICE void decode(const Work& work, const uint2* weights, const float* biases,
                             unsigned char* shared) {
-  constexpr int kCells = S::kSize * S::kPitch, kMine = divide_up(kCells, kBlock);
+  using Targets = Pixels<S::kSize>;
   const Lane lane(thread_index());
   unsigned char* const even = shared + S::kEvenAt;
   unsigned char* const odd = shared + S::kOddAt;
   unsigned char* const input = shared + S::kInputAt;
-  float* const products = reinterpret_cast<float*>(even);
+  float* const products = reinterpret_cast<float*>(odd);
   float* const warp_sums = reinterpret_cast<float*>(shared + S::kSumsAt);
   const uint2* const third = reinterpret_cast<const uint2*>(shared);
   const uint2* const fourth = third + S::kThirdFragments * kLanes;
@@ -333,57 +370,54 @@ FASTALPS_DEVICE void decode(const Work& work, const uint2* weights, const float*
   const float* const fifth_bias = fourth_bias + S::kFourth;
   const float last_bias = read_only(fifth_bias + S::kFifth);
   copy_chunks(shared, weights, S::kEvenAt);
+  // The borders of the input and of the even map stay zeros.
+  clear_chunks(even, S::kEvenBytes);
+  clear_chunks(input, S::kInputBytes);
   allow_next();
   await_previous();
   const int rows = patches_of(work) * work.passes;
   if (block_index() >= rows) return;
+  barrier();
   fetch_input<S>(work, block_index(), input);
   await_copies();
   barrier();
 
   for (int row = block_index(); row < rows; row += block_count()) {
-    constexpr int kGroups = S::kThird / kTileColumns / S::kThirdAcross;
-    constexpr int kThirdItems = divide_up(S::kInputPixels, kTileRows) * kGroups;
-    border_third<S>(odd);
-    for (int item = lane.warp; item < kThirdItems; item += kWarps) {
-      third_tile<S>(lane, input, third, biases, work.slope, item / kGroups,
-                    item % kGroups * S::kThirdAcross, odd);
-    }
-    barrier();
-    border_fourth<S>(even);
-    for (int first = 2 * lane.warp; first < S::kHalf; first += 2 * kWarps) {
-      fourth_rows<S>(lane, odd, fourth, fourth_bias, work.slope, first, even);
-    }
-    barrier();
-    for (int item = lane.warp; item < 2 * divide_up(S::kSize, S::kStripRows); item += kWarps) {
-      fifth_strip<S>(lane, even, fifth, fifth_bias, work.slope, item / 2 * S::kStripRows, item % 2,
-                     odd);
-    }
-    // Read long before they are needed.
-    const Patch patch = find_patch(work, row / work.passes);
-    float targets[kMine];
-#pragma unroll
-    for (int i = 0; i < kMine; ++i) {
-      const int cell = thread_index() + i * kBlock, column = cell % S::kPitch - 1;
-      const bool inside = cell < kCells && column >= 0 && column < S::kSize;
-      targets[i] = inside ? unit_pixel(work.source, patch, cell / S::kPitch, column) : 0.0f;
+    for (int item = lane.warp; item < S::kThirdItems; item += kWarps) {
+      third_rows<S>(lane, input, third, biases, work.slope,
+                    item / S::kThirdColumns * 2 * S::kThirdDown, item % S::kThirdColumns, odd);
     }
     barrier();
     if (row + block_count() < rows) fetch_input<S>(work, row + block_count(), input);
-    last_products<S>(lane, odd, last, products);
+    fourth_rows<S>(lane, odd, fourth, fourth_bias, work.slope, lane.warp / S::kFourthColumns,
+                   lane.warp % S::kFourthColumns, even);
+    // Read long before they are needed. There are one or two passes.
+    const Patch patch = find_patch(work, row >> (work.passes - 1));
+    const Targets targets(work.source, lane, patch);
+    barrier();
+    last_rows<S>(lane, even, fifth, last, fifth_bias, work.slope, lane.warp / 2, lane.warp % 2,
+                 products);
     barrier();
 
-    float sum = 0.0f;
+    float sum = 0.0f, off[Targets::kCount];
 #pragma unroll
-    for (int i = 0; i < kMine; ++i) {
-      const int cell = thread_index() + i * kBlock;
-      const int y = cell / S::kPitch, x = cell % S::kPitch - 1;
-      if (cell >= kCells || x < 0 || x >= S::kSize) continue;
-      const float off = residual<S>(products, last_bias, targets[i], y, cell);
-      if (work.reach > 0) reinterpret_cast<float*>(odd)[y * S::kSize + x] = off;
-      sum += off * off;
+    for (int i = 0; i < Targets::kCount; ++i) {
+      const int y = Targets::row(lane, i);
+      off[i] = Targets::inside(lane, i)
+                   ? reconstruction<S>(products, last_bias, y, lane.index) -
+                         targets.unit(work.source, i)
+                   : 0.0f;
+      sum += off[i] * off[i];
     }
-    if (work.reach > 0) sum = smoothed_squares<S>(work, reinterpret_cast<float*>(odd));
+    if (work.reach > 0) {
+      barrier();  // The products have been read.
+#pragma unroll
+      for (int i = 0; i < Targets::kCount; ++i) {
+        const int y = Targets::row(lane, i);
+        if (Targets::inside(lane, i)) products[y * S::kSize + lane.index] = off[i];
+      }
+      sum = smoothed_squares<S>(work, products);
+    }
     // In a fixed order, so that a score has the same bits in every run.
 #pragma unroll
     for (int distance = kLanes / 2; distance > 0; distance /= 2) sum += shuffle_down(sum, distance);
@@ -393,7 +427,7 @@ FASTALPS_DEVICE void decode(const Work& work, const uint2* weights, const float*
     if (thread_index() == 0) {
       float total = 0.0f;
       for (int warp = 0; warp < kWarps; ++warp) total += warp_sums[warp];
-      work.errors[row % work.passes * work.source.total + patch.place] =
+      work.errors[(row & (work.passes - 1)) * work.source.total + patch.place] =
           total / (S::kSize * S::kSize);
     }
   }

@@ -5,67 +5,59 @@
 
 namespace fastalps::cuda::fused {
 
-// A thread's pixels of a patch, in gray levels; a row of them is 32 threads' work.
-template <class S>
-struct Pixels {
-  static constexpr int kCount = divide_up(S::kSize * kLanes, kBlock);
-  float level[kCount];
-
-  FASTALPS_DEVICE Pixels(const Work& work, int number) {
-    const Patch patch = find_patch(work, number);
+template <int kSize>
+FASTALPS_DEVICE void put_image(const Source& source, const Lane& lane, const Pixels<kSize>& pixels,
+                               uint16_t* image) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int row = thread_index() / kLanes + i * kWarps, column = thread_index() % kLanes;
-      const bool inside = row < S::kSize && column < S::kSize;
-      level[i] = inside ? level_pixel(work.source, patch, row, column) : 0.0f;
-    }
+  for (int i = 0; i < pixels.kCount; ++i) {
+    if (!pixels.inside(lane, i)) continue;
+    image[(pixels.row(lane, i) + 1) * (kSize + 2) + lane.index + 1] =
+        static_cast<uint16_t>(round_pair(pixels.level(source, i), 0.0f) & 0xffff);
   }
+}
 
-  FASTALPS_DEVICE void put(uint16_t* image) const {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int row = thread_index() / kLanes + i * kWarps, column = thread_index() % kLanes;
-      if (row >= S::kSize || column >= S::kSize) continue;
-      image[(row + 1) * S::kBordered + column + 1] =
-          static_cast<uint16_t>(round_pair(level[i], 0.0f) & 0xffff);
-    }
-  }
-};
-
-// The first convolution: a tile is a row of outputs, of both networks. Its 9 taps on the image are
-// one step of 16 terms, 7 of them zero.
+// The first convolution: a tile is a row of outputs, the even columns, then the odd ones, of both
+// networks. Its 9 taps on the image are terms of one step; so is the bias, in three parts whose
+// pixels are ones.
 template <class S>
 FASTALPS_DEVICE void first_convolution(const Lane& lane, const uint16_t* image,
-                                       const uint2* weights, const float* biases, float slope,
-                                       unsigned char* map) {
+                                       const uint2* weights, float slope, unsigned char* map) {
   using Out = typename S::FirstMap;
+  constexpr uint32_t kOne = 0x3f80;  // In bf16.
+  constexpr float kZeros[4] = {};
   const int even = 2 * lane.quad, odd = even + 1;
   const int even_at = even / 3 * S::kBordered + even % 3;
   const int odd_at = odd / 3 * S::kBordered + odd % 3;
+  uint2 b[S::kFirstColumns];
+#pragma unroll
+  for (int column = 0; column < S::kFirstColumns; ++column) {
+    b[column] = weights[column * kLanes + lane.index];
+  }
   for (int row = lane.warp; row < S::kHalf; row += kWarps) {
     Operand a;
-    unsigned char* place[2];
 #pragma unroll
     for (int lower = 0; lower < 2; ++lower) {
       // Behind the last column there is nothing of this row; those results are not stored.
-      const int column = lane.group + 8 * lower;
-      const uint16_t* const corner = image + 2 * row * S::kBordered + 2 * column;
+      const uint16_t* const corner =
+          image + 2 * row * S::kBordered + 2 * (2 * lane.group + lower);
       const uint32_t first = corner[even_at], second = corner[odd_at];
       const uint32_t last = corner[2 * S::kBordered + 2];
       a.word[lower] = first | second << 16;
-      a.word[2 + lower] = lane.quad == 0 ? last : 0;
-      place[lower] = map + Out::chunk(0, S::cell(row, column)) + 4 * lane.quad;
+      a.word[2 + lower] = (lane.quad == 0 ? last : lane.quad == 1 ? kOne : 0) |
+                          (lane.quad < 2 ? kOne << 16 : 0);
     }
+    unsigned char* const place = map + Out::chunk(0, S::cell(row, 2 * lane.group)) + 4 * lane.quad;
+    unsigned char* const next =
+        map + Out::chunk(0, S::cell(row, 2 * lane.group + 1)) + 4 * lane.quad;
+    const bool stored[2] = {2 * lane.group < S::kHalf, 2 * lane.group + 1 < S::kHalf};
 #pragma unroll
     for (int column = 0; column < S::kFirstColumns; ++column) {
-      const int channel = column * kTileColumns + 2 * lane.quad;
-      const float bias[2] = {read_only(biases + channel), read_only(biases + channel + 1)};
-      float sums[4] = {bias[0], bias[1], bias[0], bias[1]};
-      multiply_add(sums, a, weights[column * kLanes + lane.index]);
+      float sums[4];
+      multiply_add(sums, a, b[column], kZeros);
 #pragma unroll
       for (int lower = 0; lower < 2; ++lower) {
         const uint32_t pair = leaky_pair(sums[2 * lower], sums[2 * lower + 1], slope);
-        if (lane.group + 8 * lower < S::kHalf) put(place[lower] + Out::chunk(column, 0), pair);
+        if (stored[lower]) put((lower ? next : place) + Out::chunk(column, 0), pair);
       }
     }
   }
@@ -103,15 +95,13 @@ FASTALPS_DEVICE void second_convolution(const Lane& lane, const unsigned char* m
       }
     }
   }
-  if (lane.group >= S::kQuarter) return;
 #pragma unroll
   for (int down = 0; down < kDown; ++down) {
 #pragma unroll
     for (int lower = 0; lower < 2; ++lower) {
       const int row = 2 * (first_tile + down) + lower;
-      if (row >= S::kQuarter) continue;
       put_joint(output + ((row * S::kQuarter + lane.group) * S::kSecond) * 2, lane, lower, slope,
-                sums[down]);
+                row < S::kQuarter && lane.group < S::kQuarter, sums[down]);
     }
   }
 }
@@ -130,20 +120,20 @@ FASTALPS_DEVICE void encode(const Work& work, const uint2* weights, const float*
   const int patches = patches_of(work);
   if (block_index() >= patches) return;
   // The borders of map and image stay zeros.
-  for (int chunk = thread_index(); chunk < (S::kSharedBytes - S::kMapAt) / kChunkBytes;
-       chunk += kBlock) {
-    reinterpret_cast<uint4*>(map)[chunk] = uint4{};
-  }
-  Pixels<S> pixels(work, block_index());
+  clear_chunks(map, S::kSharedBytes - S::kMapAt);
+  Pixels<S::kSize> pixels(work.source, lane, find_patch(work, block_index()));
   barrier();
 
   for (int number = block_index(); number < patches; number += block_count()) {
     // Nobody reads the last patch's image any more: its second layer came after a barrier.
-    pixels.put(image);
+    put_image(work.source, lane, pixels, image);
     barrier();
-    first_convolution<S>(lane, image, resident, biases, work.slope, map);
+    first_convolution<S>(lane, image, resident, work.slope, map);
     // The next patch's, long before they are needed.
-    if (number + block_count() < patches) pixels = Pixels<S>(work, number + block_count());
+    if (number + block_count() < patches) {
+      const Patch next = find_patch(work, number + block_count());
+      pixels = Pixels<S::kSize>(work.source, lane, next);
+    }
     barrier();
     constexpr int kTiles = divide_up(S::kQuarter, 2);
     constexpr int kDownGroups = divide_up(kTiles, S::kTilesDown);
@@ -194,8 +184,6 @@ FASTALPS_DEVICE void third_band(const Lane& lane, const unsigned char* staged,
 #pragma unroll
     for (int at = 0; at < 3 * kSteps; ++at) {
       const int tap_column = at / kSteps;
-      uint2 b[kAcross];
-      stream.take(at, b);
       const unsigned char* const first = staged + tap_row * S::kSide * kPixel + terms[at % kSteps];
 #pragma unroll
       for (int row = 0; row < S::kBandRows; ++row) {
@@ -208,10 +196,11 @@ FASTALPS_DEVICE void third_band(const Lane& lane, const unsigned char* staged,
           const Operand a = load_operand(first + (2 * row * S::kSide + column) * kPixel);
 #pragma unroll
           for (int across = 0; across < kAcross; ++across) {
-            multiply_add(sums[row * S::kHalf + x][across], a, b[across]);
+            multiply_add(sums[row * S::kHalf + x][across], a, stream.at(at)[across]);
           }
         }
       }
+      stream.refill(at);
     }
     stream.advance(3 * kSteps);
   }
@@ -258,8 +247,6 @@ FASTALPS_DEVICE void fourth_slice(const Lane& lane, const unsigned char* hidden,
 #pragma unroll
     for (int at = 0; at < 3 * kSteps; ++at) {
       const int tap_column = at / kSteps;
-      uint2 b[kAcross];
-      stream.take(at, b);
       const unsigned char* const first =
           hidden + (tap_row - 1) * S::kHalf * kPixel + terms[at % kSteps];
 #pragma unroll
@@ -270,9 +257,10 @@ FASTALPS_DEVICE void fourth_slice(const Lane& lane, const unsigned char* hidden,
         const Operand a = load_operand(first + (2 * (cell / 2) * S::kHalf + column) * kPixel);
 #pragma unroll
         for (int across = 0; across < kAcross; ++across) {
-          multiply_add(sums[cell][across], a, b[across]);
+          multiply_add(sums[cell][across], a, stream.at(at)[across]);
         }
       }
+      stream.refill(at);
     }
     stream.advance(3 * kSteps);
   }

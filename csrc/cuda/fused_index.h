@@ -34,6 +34,22 @@ constexpr int kBankBytes = 128;
 FASTALPS_INDEX int divide_up(int value, int divisor) { return (value + divisor - 1) / divisor; }
 FASTALPS_INDEX int align_up(int value, int unit) { return divide_up(value, unit) * unit; }
 
+// Division of numbers below 2^31 by one that only a launch knows: with m = ceil(2^(31 + l) / d) and
+// 2^l >= d, floor(n m / 2^(31 + l)) is floor(n / d).
+struct Divisor {
+  uint32_t divisor, multiplier;
+  int shift;
+
+  FASTALPS_INDEX explicit Divisor(uint32_t divisor_ = 1)
+      : divisor(divisor_), multiplier(0), shift(31) {
+    while ((uint64_t{1} << (shift - 31)) < divisor) ++shift;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << shift) + divisor - 1) / divisor);
+  }
+  FASTALPS_INDEX uint32_t quotient(uint32_t number) const {
+    return static_cast<uint32_t>((static_cast<uint64_t>(number) * multiplier) >> shift);
+  }
+};
+
 // Fragments of B (16 terms, 8 columns, 8 bytes a lane) of a layer's weights, in the order
 // [step of 16 terms][8 outputs][lane]; terms are tap by tap, inputs innermost.
 FASTALPS_INDEX int fragments(int taps, int inputs, int outputs) {
@@ -203,64 +219,109 @@ struct ExpandShape {
   static constexpr int kSharedBytes = kFirstAt + FirstMap::bytes(kHalf * kHalf * kTileRows);
 };
 
+// Rows that kParts warps share out: the first kFull of them have kMost, the others one less.
+template <int kTotal, int kParts_>
+struct Shares {
+  static constexpr int kParts = kParts_, kMost = divide_up(kTotal, kParts);
+  static constexpr int kFull = kTotal - kParts * (kMost - 1);
+  static_assert(kMost > 1);
+  FASTALPS_INDEX static bool full(int part) { return kFull == kParts || part < kFull; }
+  FASTALPS_INDEX static int rows(int part) { return full(part) ? kMost : kMost - 1; }
+  FASTALPS_INDEX static int first(int part) {
+    return part * kMost - (full(part) ? 0 : part - kFull);
+  }
+  FASTALPS_INDEX static int part_of(int row) {
+    return row < kFull * kMost ? row / kMost : kFull + (row - kFull * kMost) / (kMost - 1);
+  }
+};
+
 // Kernel D: the last two transposed convolutions of stride 2, the two of stride 1, sigmoid, error.
+//
+// Each layer doubles the columns, and a tile's 16 rows are two runs of 8 that are results of one
+// kind: so a map's columns lie by their remainders, of two after the third layer, of four after
+// the fourth. Each run of operands and of stores is then 8 cells in a row, and a matrix of 8 pixels
+// that was read once serves all the taps that meet it.
 template <int kSize_, int kInputs_, int kThird_, int kFourth_, int kFifth_>
 struct DecodeShape {
   static constexpr int kSize = kSize_, kInputs = kInputs_, kThird = kThird_;
   static constexpr int kFourth = kFourth_, kFifth = kFifth_;
   static constexpr int kHalf = divide_up(kSize, 2), kQuarter = divide_up(kHalf, 2);
   static_assert(kInputs % 16 == 0 && kThird % 16 == 0 && kFourth % 8 == 0 && kFifth % 8 == 0);
+  // Runs of 8 anchors; behind the last result of a row there is a cell of zeros.
+  static constexpr int kRun = 8;
+  static_assert(kQuarter <= kRun && kHalf < 2 * kRun && kSize < 4 * kRun);
 
-  // Rows of the map between the transposed convolutions are one tile long, those of whole images
-  // two; there is a column of zeros behind each, and one in front of an image's.
-  static constexpr int kHalfPitch = kTileRows, kPitch = 2 * kTileRows;
-  static_assert(kHalf < kHalfPitch && kSize + 2 <= kPitch);
-  // 8 cells of zeros behind the input's pixels; and its planes begin at different banks, as its
-  // chunks are stored plane by plane.
-  static constexpr int kInputPixels = kQuarter * kQuarter;
-  using InputMap = Planes<align_up(kInputPixels + 7, 8) + 1>;
-  using ThirdMap = Planes<(kHalf + 1) * kHalfPitch + 1>;
-  // A cell in front of the first and one behind the last row: tiles of border columns read them.
-  using FourthMap = Planes<(kSize + 2) * kPitch + 2>;
-  using FifthMap = Planes<kSize * kPitch + 2>;
+  // One column and one row of zeros behind, at least.
+  static constexpr int kInputPitch = kRun + 1, kInputPixels = kQuarter * kQuarter;
+  using InputMap = Planes<kInputPitch * kInputPitch>;
+  // Even columns, then odd ones. What is outside is stored as zeros.
+  static constexpr int kHalfPitch = 2 * kRun;
+  using ThirdMap = Planes<2 * kRun * kHalfPitch>;
+  FASTALPS_INDEX static int third_cell(int row, int column) {
+    return row * kHalfPitch + column % 2 * kRun + column / 2;
+  }
+  // Columns by their remainders of four, and before those of 3 column -1, of zeros; so are the rows
+  // before the first and behind the last.
+  static constexpr int kPitch = 4 * kRun + 1;
+  using FourthMap = Planes<(kSize + 2) * kPitch>;
+  FASTALPS_INDEX static int kind_at(int remainder) {
+    return remainder * kRun + (remainder == 3 ? 1 : 0);
+  }
+  FASTALPS_INDEX static int fourth_cell(int row, int column) {
+    return (row + 1) * kPitch + kind_at(column % 4) + column / 4;
+  }
+  // The fifth layer's tiles have the columns of two remainders, 2 * `side` and the next. For its
+  // three taps it needs four runs: from the column before the first kind to that after the second.
+  FASTALPS_INDEX static int run_at(int side, int run) {
+    return side == 0 ? (run == 0 ? kind_at(3) - 1 : kind_at(run - 1))
+                     : (run == 3 ? kind_at(0) + 1 : kind_at(run + 1));
+  }
 
   static constexpr int kThirdFragments = fragments(9, kInputs, kThird);
   static constexpr int kFourthFragments = fragments(9, kThird, kFourth);
-  // Of the layers of stride 1: the three taps of a row are the terms of their steps.
+  // Of the fifth layer the three taps of a row are the terms of its steps.
   static constexpr int kFifthSteps = divide_up(3 * kFourth, kTileTerms);
-  static constexpr int kLastSteps = divide_up(3 * kFifth, kTileTerms);
   static constexpr int kFifthFragments = 3 * kFifthSteps * (kFifth / kTileColumns);
-  // The last layer has one output, so its rows of taps are the columns.
-  static constexpr int kLastFragments = kLastSteps;
+  // The last layer has one output, so the three taps of a row are the columns.
+  static constexpr int kLastSteps = divide_up(kFifth, kTileTerms);
+  static constexpr int kLastFragments = 3 * kLastSteps;
   static constexpr int kFragments =
       kThirdFragments + kFourthFragments + kFifthFragments + kLastFragments;
   static constexpr int kBiases = kThird + kFourth + kFifth + kTileColumns;
   static constexpr int kInputValues = kInputPixels * kInputs;
 
-  static constexpr int kThirdAcross = kThird / kTileColumns / 2;
-  static constexpr int kFourthAcross = kFourth / kTileColumns;
+  // What a warp computes: columns of eight outputs, and rows.
+  static constexpr int kThirdColumns = kThird / kTileColumns;
+  static constexpr int kThirdDown = kThirdColumns >= 4 ? 2 : 1;  // Tiles.
+  static constexpr int kThirdItems = kRun / 2 / kThirdDown * kThirdColumns;
+  static constexpr int kFourthColumns = kFourth / kTileColumns;
   static constexpr int kFifthAcross = kFifth / kTileColumns;
-  static constexpr int kStripRows = 4;  // Of the first layer of stride 1, by one warp.
-  // Floats of a plane of the last layer's products: 4 more than a multiple of 16, so that the lanes
-  // that store a tile of them meet different banks.
-  static constexpr int kPlane = kSize * kPitch + 4;
+  static_assert(kWarps % kFourthColumns == 0);
+  using FourthShares = Shares<kHalf, kWarps / kFourthColumns>;
+  using FifthShares = Shares<kSize, kWarps / 2>;
 
-  // Shared memory: weights; two maps that layers read and write in turn, the products in the place
-  // of the even one, and behind them the next input; the warps' sums.
+  // Floats of the last layer's products: for each column of taps a plane, in which each strip of
+  // rows has one row more on either side, for its neighbours. The pairs of planes 0 and 2, which
+  // are stored at once, meet different banks.
+  static constexpr int kStripRows = FifthShares::kMost + 2, kProductPitch = 4 * kRun;
+  static constexpr int kPlane = FifthShares::kParts * kStripRows * kProductPitch;
+  FASTALPS_INDEX static int plane_at(int tap) {
+    return tap == 0 ? 0 : tap == 2 ? kPlane + 2 : 2 * kPlane + 4;
+  }
+
+  // Shared memory: weights; the even map; the odd map, later the products; the input; the warps'
+  // sums.
   static constexpr int kEvenAt = kFragments * kLanes * 8;
-  static constexpr int kInputBytes = kInputs / kChunkChannels * InputMap::kPlaneBytes;
+  static constexpr int kEvenBytes = kFourth / kChunkChannels * FourthMap::kPlaneBytes;
+  static constexpr int kOddAt = kEvenAt + kEvenBytes;
   static constexpr int kThirdBytes = kThird / kChunkChannels * ThirdMap::kPlaneBytes;
-  static constexpr int kFourthBytes = kFourth / kChunkChannels * FourthMap::kPlaneBytes;
-  static constexpr int kFifthBytes = kFifth / kChunkChannels * FifthMap::kPlaneBytes;
-  static constexpr int kInputAt = kEvenAt + align_up(3 * kPlane * 4, kBankBytes);
-  static constexpr int kEvenEnd = kEvenAt + kFourthBytes > kInputAt + kInputBytes
-                                      ? kEvenAt + kFourthBytes
-                                      : kInputAt + kInputBytes;
-  static constexpr int kOddAt = align_up(kEvenEnd, kChunkBytes);
-  static constexpr int kOddBytes = kThirdBytes > kFifthBytes ? kThirdBytes : kFifthBytes;
-  // In the place of the last map: residuals, and their means along rows.
+  static constexpr int kProductBytes = align_up((3 * kPlane + 4) * 4, kChunkBytes);
+  static constexpr int kOddBytes = kThirdBytes > kProductBytes ? kThirdBytes : kProductBytes;
+  // In the products' place, at last: residuals, and their means along rows.
   static_assert(2 * kSize * kSize * 4 <= kOddBytes);
-  static constexpr int kSumsAt = kOddAt + kOddBytes;
+  static constexpr int kInputAt = kOddAt + kOddBytes;
+  static constexpr int kInputBytes = kInputs / kChunkChannels * InputMap::kPlaneBytes;
+  static constexpr int kSumsAt = kInputAt + kInputBytes;
   static constexpr int kSharedBytes = kSumsAt + kWarps * 4;
 };
 

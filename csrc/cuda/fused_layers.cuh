@@ -18,7 +18,7 @@ struct Source {
   const void* pixels;
   bool bytes;  // uint8, 0 to 255; else float32, 0 to 1.
   int64_t frame_stride, row_stride, column_stride;
-  uint32_t patches_per_frame, columns;
+  Divisor patches_per_frame, columns;
   int64_t stride_height, stride_width, last_row, last_column;
   int64_t total;         // Patches of all frames.
   const int64_t* index;  // Pairs of frame and patch, on the device; null: all patches in order.
@@ -45,7 +45,7 @@ struct Work {
 
 struct Patch {
   int64_t origin;  // Of its first pixel, in elements.
-  int64_t place;   // Among all patches.
+  uint32_t place;  // Among all patches.
 };
 
 // How many of the launch's patches there are: the list's length is known to the device only.
@@ -64,33 +64,53 @@ FASTALPS_DEVICE Patch find_patch(const Work& work, int number) {
     frame = static_cast<uint32_t>(read_only(source.index + 2 * item));
     patch = static_cast<uint32_t>(read_only(source.index + 2 * item + 1));
   } else {
-    // Fewer than 2^31 patches; a division of 64 bits would be a call.
-    frame = static_cast<uint32_t>(item) / source.patches_per_frame;
-    patch = static_cast<uint32_t>(item) - frame * source.patches_per_frame;
+    frame = source.patches_per_frame.quotient(static_cast<uint32_t>(item));
+    patch = static_cast<uint32_t>(item) - frame * source.patches_per_frame.divisor;
   }
-  const uint32_t grid_row = patch / source.columns;
-  const uint32_t grid_column = patch - grid_row * source.columns;
+  const uint32_t grid_row = source.columns.quotient(patch);
+  const uint32_t grid_column = patch - grid_row * source.columns.divisor;
   int64_t row = grid_row * source.stride_height, column = grid_column * source.stride_width;
   row = row < source.last_row ? row : source.last_row;
   column = column < source.last_column ? column : source.last_column;
   return {frame * source.frame_stride + row * source.row_stride + column * source.column_stride,
-          static_cast<int64_t>(frame) * source.patches_per_frame + patch};
+          frame * source.patches_per_frame.divisor + patch};
 }
 
-// A pixel in [0, 1].
-FASTALPS_DEVICE float unit_pixel(const Source& source, const Patch& patch, int row, int column) {
-  const int64_t place = patch.origin + row * source.row_stride + column * source.column_stride;
-  if (!source.bytes) return read_only(static_cast<const float*>(source.pixels) + place);
-  return read_only(static_cast<const uint8_t*>(source.pixels) + place) / 255.0f;
-}
+// A thread's pixels of a patch: a warp has every eighth row, a lane one of its columns. They are kept
+// as they were read until they are used, as nothing waits for them before.
+template <int kSize>
+struct Pixels {
+  static constexpr int kCount = divide_up(kSize, kWarps);
+  uint32_t raw[kCount];
 
-// A pixel in gray levels, which bf16 holds exactly where they are whole; the first convolution's
-// weights are packed divided by 255.
-FASTALPS_DEVICE float level_pixel(const Source& source, const Patch& patch, int row, int column) {
-  const int64_t place = patch.origin + row * source.row_stride + column * source.column_stride;
-  if (!source.bytes) return 255.0f * read_only(static_cast<const float*>(source.pixels) + place);
-  return read_only(static_cast<const uint8_t*>(source.pixels) + place);
-}
+  FASTALPS_DEVICE Pixels(const Source& source, const Lane& lane, const Patch& patch) {
+    int64_t place =
+        patch.origin + lane.warp * source.row_stride + lane.index * source.column_stride;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      raw[i] = 0;
+      if (inside(lane, i)) {
+        raw[i] = source.bytes ? read_only(static_cast<const uint8_t*>(source.pixels) + place)
+                              : read_only(static_cast<const uint32_t*>(source.pixels) + place);
+      }
+      place += kWarps * source.row_stride;
+    }
+  }
+
+  FASTALPS_DEVICE static int row(const Lane& lane, int i) { return lane.warp + i * kWarps; }
+  FASTALPS_DEVICE static bool inside(const Lane& lane, int i) {
+    return row(lane, i) < kSize && lane.index < kSize;
+  }
+  // In [0, 1].
+  FASTALPS_DEVICE float unit(const Source& source, int i) const {
+    return source.bytes ? raw[i] * (1.0f / 255.0f) : float_of(raw[i]);
+  }
+  // In gray levels, which bf16 holds exactly where they are whole; the first convolution's weights
+  // are packed divided by 255.
+  FASTALPS_DEVICE float level(const Source& source, int i) const {
+    return source.bytes ? static_cast<float>(raw[i]) : 255.0f * float_of(raw[i]);
+  }
+};
 
 // Slopes are from 0 to 1 (`why_not` of fastalps/fused.py).
 FASTALPS_DEVICE float leaky(float value, float slope) { return larger(value, slope * value); }
@@ -104,6 +124,11 @@ FASTALPS_DEVICE uint32_t finish_pair(float first, float second, const float* bia
                                      float slope) {
   return leaky_pair(first + read_only(biases + column), second + read_only(biases + column + 1),
                     slope);
+}
+
+// sums += A * B.
+FASTALPS_DEVICE void multiply_add(float (&sums)[4], const Operand& a, uint2 b) {
+  multiply_add(sums, a, b, sums);
 }
 
 FASTALPS_DEVICE void put(unsigned char* place, uint32_t pair) {
@@ -129,6 +154,12 @@ FASTALPS_DEVICE void copy_chunks(unsigned char* target, const void* source, int 
   }
 }
 
+FASTALPS_DEVICE void clear_chunks(unsigned char* target, int bytes) {
+  for (int chunk = thread_index(); chunk < bytes / kChunkBytes; chunk += kBlock) {
+    reinterpret_cast<uint4*>(target)[chunk] = uint4{};
+  }
+}
+
 // Sums of tiles packed for `joint_channel` begin with the biases of their channels.
 template <int kDown, int kAcross>
 FASTALPS_DEVICE void start_joint(const Lane& lane, const float* biases,
@@ -142,16 +173,18 @@ FASTALPS_DEVICE void start_joint(const Lane& lane, const float* biases,
   }
 }
 
-// One row's results of kAcross tiles, packed for `joint_channel`: 4 * kAcross bytes a lane.
+// One row's results of kAcross tiles, packed for `joint_channel`: 4 * kAcross bytes a lane. They are
+// finished in any case: a store is cheaper skipped by itself than behind a branch.
 template <int kAcross>
 FASTALPS_DEVICE void put_joint(unsigned char* pixel, const Lane& lane, int lower, float slope,
-                               const float (&sums)[kAcross][4]) {
+                               bool stored, const float (&sums)[kAcross][4]) {
   uint32_t pairs[kAcross];
 #pragma unroll
   for (int across = 0; across < kAcross; ++across) {
     pairs[across] = leaky_pair(sums[across][2 * lower], sums[across][2 * lower + 1], slope);
   }
   unsigned char* const place = pixel + 2 * joint_channel<kAcross>(lane.quad);
+  if (!stored) return;
   if constexpr (kAcross == 4) {
     *reinterpret_cast<uint4*>(place) = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
   } else if constexpr (kAcross == 2) {
@@ -161,17 +194,17 @@ FASTALPS_DEVICE void put_joint(unsigned char* pixel, const Lane& lane, int lower
   }
 }
 
-// A lane's two results of each column's biases, which its sums begin with.
+// A lane's four results of each column's biases, which its sums begin with.
 template <int kAcross>
 struct Biases {
-  float pair[kAcross][2];
+  float four[kAcross][4];
 
   FASTALPS_DEVICE Biases(const Lane& lane, const float* biases, int first_column) {
 #pragma unroll
     for (int across = 0; across < kAcross; ++across) {
       const int channel = (first_column + across) * kTileColumns + 2 * lane.quad;
-      pair[across][0] = read_only(biases + channel);
-      pair[across][1] = read_only(biases + channel + 1);
+      four[across][0] = four[across][2] = read_only(biases + channel);
+      four[across][1] = four[across][3] = read_only(biases + channel + 1);
     }
   }
 };
@@ -181,7 +214,7 @@ FASTALPS_DEVICE void start_sums(float (&sums)[kAcross][4], const Biases<kAcross>
 #pragma unroll
   for (int across = 0; across < kAcross; ++across) {
 #pragma unroll
-    for (int part = 0; part < 4; ++part) sums[across][part] = biases.pair[across][part % 2];
+    for (int part = 0; part < 4; ++part) sums[across][part] = biases.four[across][part];
   }
 }
 
@@ -190,6 +223,7 @@ FASTALPS_DEVICE void start_sums(float (&sums)[kAcross][4], const Biases<kAcross>
 // multiply. So many steps behind the last are read as well; other layers' weights follow.
 template <int kDepth, int kAcross>
 struct Stream {
+  static constexpr int kSteps = kDepth;
   const uint2* next;
   int stride;
   uint2 ahead[kDepth][kAcross];
@@ -206,10 +240,12 @@ struct Stream {
   }
 
   // The fragments of a step; counted from the last `advance`, at compile time.
-  FASTALPS_DEVICE void take(int step, uint2 (&b)[kAcross]) {
+  FASTALPS_DEVICE const uint2 (&at(int step) const)[kAcross] { return ahead[step % kDepth]; }
+
+  // After their last use: others take their registers.
+  FASTALPS_DEVICE void refill(int step) {
 #pragma unroll
     for (int across = 0; across < kAcross; ++across) {
-      b[across] = ahead[step % kDepth][across];
       ahead[step % kDepth][across] = read_only(next + step * stride + across * kLanes);
     }
   }

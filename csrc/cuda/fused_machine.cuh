@@ -45,6 +45,22 @@ FASTALPS_DEVICE Operand load_operand(const unsigned char* chunk) {
   return a;
 }
 
+// Half of its columns of rows, or half of its rows: two pairs of bf16 a lane.
+struct HalfOperand {
+  uint32_t word[2];
+};
+
+// Two matrices of 8 rows, whose addresses the first 16 lanes give.
+FASTALPS_DEVICE HalfOperand load_half(const unsigned char* chunk) {
+  HalfOperand a;
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(chunk));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(a.word[0]), "=r"(a.word[1])
+               : "r"(address)
+               : "memory");
+  return a;
+}
+
 // Starts a copy of 16 bytes from global into shared memory, both aligned.
 FASTALPS_DEVICE void copy_async(unsigned char* target, const void* source) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
@@ -54,12 +70,14 @@ FASTALPS_DEVICE void copy_async(unsigned char* target, const void* source) {
 // Waits for this thread's copies; a barrier after it makes them everybody's.
 FASTALPS_DEVICE void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// sums += A * B, bf16 with float32 sums.
-FASTALPS_DEVICE void multiply_add(float (&sums)[4], const Operand& a, uint2 b) {
+// sums = start + A * B, bf16 with float32 sums.
+FASTALPS_DEVICE void multiply_add(float (&sums)[4], const Operand& a, uint2 b,
+                                  const float (&start)[4]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
-      "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.x), "r"(b.y));
+      "{%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(sums[0]), "=f"(sums[1]), "=f"(sums[2]), "=f"(sums[3])
+      : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.x), "r"(b.y),
+        "f"(start[0]), "f"(start[1]), "f"(start[2]), "f"(start[3]));
 }
 
 // Two bf16 in one word, rounded to nearest even, the first in the lower half.
@@ -78,6 +96,8 @@ FASTALPS_DEVICE T read_only(const T* place) {
 FASTALPS_DEVICE float larger(float one, float other) { return fmaxf(one, other); }
 FASTALPS_DEVICE float exponential(float value) { return __expf(value); }
 FASTALPS_DEVICE float hyperbolic_tangent(float value) { return tanhf(value); }
+FASTALPS_DEVICE float reciprocal(float value) { return __fdividef(1.0f, value); }
+FASTALPS_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 FASTALPS_DEVICE float inverse_root(float value) { return rsqrtf(value); }
 FASTALPS_DEVICE float shuffle_down(float value, int distance) {
   return __shfl_down_sync(0xffffffffu, value, distance);

@@ -24,6 +24,9 @@
 struct uint2 {
   uint32_t x, y;
 };
+struct float2 {
+  float x, y;
+};
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
@@ -33,6 +36,9 @@ namespace fastalps::cuda::fused {
 struct Operand {
   uint32_t word[4];
 };
+struct HalfOperand {
+  uint32_t word[2];
+};
 
 }  // namespace fastalps::cuda::fused
 
@@ -40,7 +46,7 @@ namespace emulation {
 
 using fastalps::cuda::fused::Operand;
 
-enum class State { kReady, kMultiply, kLoad, kShuffle, kBarrier, kDone };
+enum class State { kReady, kMultiply, kLoad, kLoadHalf, kShuffle, kBarrier, kDone };
 
 struct Thread {
   State state = State::kReady;
@@ -178,7 +184,8 @@ class Machine {
       }
       if (!error_.empty() || state == State::kBarrier || state == State::kDone) return state;
       if (state == State::kMultiply) multiply(lanes);
-      if (state == State::kLoad) load(lanes);
+      if (state == State::kLoad) load(lanes, 4);
+      if (state == State::kLoadHalf) load(lanes, 2);
       if (state == State::kShuffle) shuffle(lanes);
       if (!error_.empty()) return state;
       for (int lane = 0; lane < 32; ++lane) lanes[lane].state = State::kReady;
@@ -224,11 +231,11 @@ class Machine {
     }
   }
 
-  // PTX ISA, ldmatrix .x4: lanes 8j to 8j + 7 give the addresses of the 8 rows of matrix j; lane l
-  // receives of each matrix elements 2 * (l % 4) and the next of row l / 4.
-  void load(Thread* lanes) {
+  // PTX ISA, ldmatrix .x4 and .x2: lanes 8j to 8j + 7 give the addresses of the 8 rows of matrix j;
+  // lane l receives of each matrix elements 2 * (l % 4) and the next of row l / 4.
+  void load(Thread* lanes, int matrices) {
     ++counts.loads;
-    for (int lane = 0; lane < 32; ++lane) {
+    for (int lane = 0; lane < 8 * matrices; ++lane) {
       const unsigned char* address = lanes[lane].address;
       if (address < shared_ || address + 16 > shared_ + shared_bytes_) {
         error_ = "ldmatrix outside shared memory";
@@ -239,7 +246,7 @@ class Machine {
         return;
       }
     }
-    for (int matrix = 0; matrix < 4; ++matrix) {
+    for (int matrix = 0; matrix < matrices; ++matrix) {
       // Each 8 rows take a cycle, or as many as rows share the same four banks.
       int most = 1;
       for (int row = 0; row < 8; ++row) {
@@ -303,9 +310,17 @@ inline Operand load_operand(const unsigned char* chunk) {
   return machine->self().loaded;
 }
 
-inline void multiply_add(float (&sums)[4], const Operand& a, uint2 b) {
+inline HalfOperand load_half(const unsigned char* chunk) {
+  emulation::Machine* const machine = emulation::Machine::current;
+  machine->self().address = chunk;
+  machine->wait(emulation::State::kLoadHalf);
+  return {{machine->self().loaded.word[0], machine->self().loaded.word[1]}};
+}
+
+inline void multiply_add(float (&sums)[4], const Operand& a, uint2 b, const float (&start)[4]) {
   emulation::Machine* const machine = emulation::Machine::current;
   emulation::Thread& self = machine->self();
+  for (int i = 0; i < 4; ++i) sums[i] = start[i];
   self.sums = sums;
   self.a = &a;
   self.b = b;
@@ -332,6 +347,12 @@ T read_only(const T* place) {
 inline float larger(float one, float other) { return std::fmax(one, other); }
 inline float exponential(float value) { return std::exp(value); }
 inline float hyperbolic_tangent(float value) { return std::tanh(value); }
+inline float reciprocal(float value) { return 1.0f / value; }
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
 inline float inverse_root(float value) { return 1.0f / std::sqrt(value); }
 
 inline float shuffle_down(float value, int distance) {
