@@ -63,8 +63,8 @@ void fused_errors(Tensor frames, MaybeTensor background, double threshold, Sizes
   const int64_t map_bytes = chunk * sizes.map_bytes;
   check_buffer(weights, ScalarType::BFloat16, 128 * sizes.fragments, device, "weights");
   check_buffer(biases, ScalarType::Float, sizes.biases, device, "biases");
-  check_buffer(scratch, ScalarType::Byte, map_bytes + chunk * passes * sizes.latent_bytes, device,
-               "scratch");
+  const int64_t latent_bytes = chunk * (perturbed ? 2 : 1) * sizes.latent_bytes;
+  check_buffer(scratch, ScalarType::Byte, map_bytes + latent_bytes, device, "scratch");
   check_buffer(errors, ScalarType::Float, passes * total, device, "errors");
   STD_TORCH_CHECK(weights.numel() == 128 * sizes.fragments && biases.numel() == sizes.biases &&
                       errors.numel() == passes * total,

@@ -1,8 +1,8 @@
 """Whole-network scoring on CUDA devices: frames in, one error a patch and pass out.
 
 Four kernels of `csrc/cuda/fused*`, over chunks of patches whose maps stay in the L2 cache: E (the
-first two convolutions), M in two halves (the latents; the dense layer and two transposed
-convolutions) and D (the last four layers, sigmoid and squared error). Weights and maps are bf16,
+first two convolutions), M in two halves (the other two; the perturbation, the dense layer and two
+transposed convolutions) and D (the last four layers, sigmoid and squared error). Weights and maps are bf16,
 sums float32, errors float32. No patch is copied and no reconstruction is stored.
 """
 
@@ -109,7 +109,7 @@ class FusedEngine:
         self.weights, self.biases = (part.to(device) for part in pack_fused(model))
         count = torch.cuda.get_device_properties(device).multi_processor_count
         wave = BLOCK_PATCHES * count
-        scratch = 2 * (sizes(model.config).maps + 2 * sizes(model.config).latent)
+        scratch = sizes(model.config).bytes(2)
         self.chunk = wave * max(1, CHUNK_BYTES // (wave * scratch))
 
     def update(self, model: ALPS) -> None:
@@ -164,8 +164,7 @@ class FusedEngine:
         normal, perturbed = single or passes != "perturbed", not single and passes != "normal"
         count = 2 if normal and perturbed else 1
         chunk = max(1, min(self.chunk, total))
-        maps, latent = sizes(config)
-        scratch = self._empty(2 * chunk * (maps + count * latent), torch.uint8)
+        scratch = self._empty(chunk * sizes(config).bytes(2 if perturbed else 1), torch.uint8)
         errors = torch.empty(count, *shape, dtype=torch.float32, device=self.device)
         flags = places = None
         if background is not None:

@@ -44,10 +44,14 @@ class PackedWeights(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Scratch of one patch, in bf16 values."""
+    """Scratch of one patch, in values."""
 
-    maps: int  # between the kernels E and M, then between M and D
-    latent: int  # of one decoder pass
+    maps: int  # bf16, between the kernels E and M, then between M and D
+    latent: int  # float32, of one network
+
+    def bytes(self, networks: int) -> int:
+        """Of a patch that so many networks (1, or 2 with the distorter) encode."""
+        return 2 * self.maps + 4 * networks * self.latent
 
 
 def shape_number(config: ModelConfig) -> int | None:

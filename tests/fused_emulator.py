@@ -19,6 +19,8 @@ from fastalps.models import ALPS
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ("encode", "latent", "expand", "decode")
+# As launches that fill a device have them: two tiles a block.
+WIDE = ("latent, wide", "expand, wide")
 BOUNDS = {"none": 0, "tanh": 1, "norm": 2}
 
 
@@ -113,7 +115,7 @@ class Emulation:
         # Poisoned: what a kernel leaves out shows as NaN.
         self.maps = torch.full((self.chunk, self.sizes.maps), torch.nan, dtype=torch.bfloat16)
         self.latents = torch.full(
-            (self.chunk, self.passes, self.sizes.latent), torch.nan, dtype=torch.bfloat16
+            (self.chunk, self.networks, self.sizes.latent), torch.nan, dtype=torch.float32
         )
         self.errors = torch.full((self.passes, self.total), torch.nan)
         self.problem = Problem(
@@ -151,7 +153,7 @@ class Emulation:
 
     def run(self, kernel: str) -> Counts:
         """Runs one kernel; raises RuntimeError with what it did wrong."""
-        self.problem.kernel = KERNELS.index(kernel)
+        self.problem.kernel = (*KERNELS, *WIDE).index(kernel)
         said = self.library.fused_emulate(ctypes.byref(self.problem)).decode()
         if said:
             raise RuntimeError(f"{kernel}: {said}")
@@ -159,10 +161,11 @@ class Emulation:
         self.library.fused_counts(found)
         return Counts(*found)
 
-    def run_all(self) -> Tensor:
+    def run_all(self, wide: bool = False) -> Tensor:
         """Every kernel over every chunk: errors (passes, total)."""
+        middle = WIDE if wide else KERNELS[1:3]
         for begin in range(0, self.total, self.chunk):
             self.problem.begin = begin
-            for kernel in KERNELS:
+            for kernel in (KERNELS[0], *middle, KERNELS[3]):
                 self.run(kernel)
         return self.errors

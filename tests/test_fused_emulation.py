@@ -141,23 +141,25 @@ class Reference:
         maps, off = zip(*found, strict=True)
         return torch.stack(maps, 1), torch.stack(off, 1)
 
-    def latents(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """-> (N, 2, latent): normal and perturbed."""
+    def outputs(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """-> (N, networks, latent), not rounded."""
         found = []
         for layers, values in zip(self._encoders(), maps.unbind(1), strict=False):
             hidden = self._hidden(*self._layer(layers[2], values))
             found.append([x.mean((2, 3)) for x in self._layer(layers[3], *hidden)])
-        (latent, off), (perturbation, more) = found
-        # `more` holds through tanh, whose slope is 1 at most; the norm's would need its own.
+        outputs, off = zip(*found, strict=True)
+        return torch.stack(outputs, 1), torch.stack(off, 1)
+
+    def latents(self, outputs: Tensor) -> Tensor:
+        """-> (N, 2, latent): normal and perturbed."""
+        latent, perturbation = outputs.unbind(1)
         if self.config.bound == "tanh":
             perturbation = perturbation.tanh()
         elif self.config.bound == "norm":
             perturbation = (
                 perturbation / (perturbation.square().mean(1, keepdim=True) + 1e-12).sqrt()
             )
-        strength = self.config.strength
-        both = torch.stack([latent, latent + strength * perturbation], 1)
-        return self._round(both, torch.stack([off, off + strength * more], 1))
+        return rounded(torch.stack([latent, latent + self.config.strength * perturbation], 1))
 
     def _transposed(self) -> list[nn.ConvTranspose2d]:
         layers = self.network.decoder.layers
@@ -181,7 +183,7 @@ class Reference:
 
     def errors(self, images: Tensor, smoothing: int | None = None) -> Tensor:
         """-> (2, N): normal and perturbed; smoothed as the model is, unless told."""
-        latents, _ = self.latents(self.encode(images)[0])
+        latents = self.latents(self.outputs(self.encode(images)[0])[0])
         both = self.decode(self.expand(latents.flatten(0, 1))[0])
         return mean_squares(both, images, smoothing or self.config.smoothing)
 
@@ -259,18 +261,25 @@ def test_each_kernel(library, shape, rng):
     assert_same_bf16(found, channels_last(maps), channels_last(off))
 
     found.copy_(channels_last(maps))
-    latents, off = reference.latents(maps)
-    counts = emulation.run("latent")
-    assert counts.load_cycles == 4 * counts.loads
-    assert_same_bf16(emulation.latents, latents, off)
+    outputs, off = reference.outputs(maps)
+    for kernel in ("latent", "latent, wide"):
+        emulation.latents.fill_(torch.nan)
+        counts = emulation.run(kernel)
+        assert counts.load_cycles == 4 * counts.loads
+        # Of the same maps, so a hidden value is another bf16 neighbour here and there.
+        difference = (emulation.latents.double() - outputs).abs()
+        assert (difference <= DEVIATIONS * off + 1e-6).all(), (difference - off).max()
 
-    emulation.latents.copy_(latents)
+    # Exactly what the kernel reads, rounded to the same latents.
+    emulation.latents.copy_(outputs)
+    latents = reference.latents(emulation.latents.double())
     expanded, off = reference.expand(latents.flatten(0, 1))
-    emulation.maps.fill_(torch.nan)
-    counts = emulation.run("expand")
-    assert counts.load_cycles == 4 * counts.loads
-    found = emulation.maps.flatten()[: expanded.numel()].reshape(channels_last(expanded).shape)
-    assert_same_bf16(found, channels_last(expanded), channels_last(off))
+    for kernel in ("expand", "expand, wide"):
+        emulation.maps.fill_(torch.nan)
+        counts = emulation.run(kernel)
+        assert counts.load_cycles == 4 * counts.loads
+        found = emulation.maps.flatten()[: expanded.numel()].reshape(channels_last(expanded).shape)
+        assert_same_bf16(found, channels_last(expanded), channels_last(off))
 
     found.copy_(channels_last(expanded))
     expected = mean_squares(reference.decode(expanded), images, 1)
@@ -282,6 +291,7 @@ def test_each_kernel(library, shape, rng):
     first = Emulation(library, model, emulation.packed, frames, STRIDE, blocks=1)
     # Warps in the other order and other grids: a missing barrier would change the bits.
     assert torch.equal(again.run_all(), first.run_all())
+    assert torch.equal(again.run_all(wide=True), first.errors)
     torch.testing.assert_close(
         first.errors.double(), reference.errors(images), rtol=2e-3, atol=1e-6
     )
@@ -442,7 +452,7 @@ def emulated_op(library: ctypes.CDLL):
             library, SimpleNamespace(config=config), PackedWeights(weights, biases), frames,
             stride, passes, edge=edge, index=index, chunk=chunk, blocks=2,
         )  # fmt: skip
-        assert scratch.numel() == 2 * (run.maps.numel() + run.latents.numel())
+        assert scratch.numel() == run.maps.nbytes + run.latents.nbytes
         assert errors.shape[0] == run.passes and total == run.total
         found = run.run_all().view(errors.shape)
         errors.copy_(torch.where(found.isnan(), errors, found))

@@ -65,12 +65,13 @@ struct Stage {
   Kernel kernel;
   int shared;
   int64_t weights_at, bias_at;
+  int tasks = 1;  // Of a block at a time.
   int resident = 0;
   bool dependent = false;  // Whether it may start while the one before it ends.
 
   // More than 48 KiB of shared memory has to be asked for. Neither call is of a stream, so a graph
   // may be captured meanwhile.
-  cudaError_t prepare(bool wide) {
+  cudaError_t prepare(bool early) {
     cudaError_t status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (status != cudaSuccess) return status;
@@ -81,7 +82,7 @@ struct Stage {
     resident = std::max(1, per_multiprocessor) * multiprocessors();
     // Blocks that wait take room from those that work, where there is some left: measured on an
     // H100, wide networks gain 3% and narrow ones lose 4%.
-    dependent = wide && device_attribute<cudaDevAttrComputeCapabilityMajor>() >= 9;
+    dependent = early && device_attribute<cudaDevAttrComputeCapabilityMajor>() >= 9;
     return cudaSuccess;
   }
 
@@ -102,15 +103,28 @@ struct Stage {
   }
 };
 
+// Tasks of the launches: patches, of both networks or one, or rows.
 template <class S>
 std::array<Stage, 4> stages_of() {
   return {{{fused_encode_kernel<typename S::Encode>, S::Encode::kSharedBytes, 0, 0},
            {fused_latent_kernel<typename S::Latent>, S::Latent::kSharedBytes, S::kLatentAt,
-            S::kLatentBias},
+            S::kLatentBias, S::Latent::kPatches},
            {fused_expand_kernel<typename S::Expand>, S::Expand::kSharedBytes, S::kExpandAt,
-            S::kExpandBias},
+            S::kExpandBias, S::Expand::kRows},
            {fused_decode_kernel<typename S::Decode>, S::Decode::kSharedBytes, S::kDecodeAt,
             S::kDecodeBias}}};
+}
+
+// Both halves of M with two tiles a block: half the traffic from L2, for launches that still fill
+// the device.
+template <class S>
+std::array<Stage, 2> wide_stages_of() {
+  using Latent = typename S::template LatentOf<2>;
+  using Expand = typename S::template ExpandOf<2>;
+  return {{{fused_latent_kernel<Latent>, Latent::kSharedBytes, S::kLatentAt, S::kLatentBias,
+            Latent::kPatches},
+           {fused_expand_kernel<Expand>, Expand::kSharedBytes, S::kExpandAt, S::kExpandBias,
+            Expand::kRows}}};
 }
 
 Work work_of(const FusedCall& call) {
@@ -140,19 +154,24 @@ Work work_of(const FusedCall& call) {
   work.weights = static_cast<const uint2*>(call.weights);
   work.biases = call.biases;
   work.maps = static_cast<unsigned char*>(call.maps);
-  work.latents = static_cast<unsigned char*>(call.latents);
+  work.latents = static_cast<float*>(call.latents);
   work.errors = call.errors;
   return work;
 }
 
-cudaError_t run_stages(const FusedCall& call, std::array<Stage, 4> stages, bool wide,
-                       cudaStream_t stream) {
+cudaError_t run_stages(const FusedCall& call, std::array<Stage, 4> stages,
+                       std::array<Stage, 2> wide, bool early, cudaStream_t stream) {
   Work work = work_of(call);
   const int64_t total = work.source.total;
   if (total == 0) return cudaSuccess;
   cudaError_t status;
   for (Stage& stage : stages) {
-    if ((status = stage.prepare(wide)) != cudaSuccess) return status;
+    if ((status = stage.prepare(early)) != cudaSuccess) return status;
+  }
+  const bool two_tiles = device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>() >=
+                         std::max(wide[0].shared, wide[1].shared);
+  for (Stage& stage : wide) {
+    if (two_tiles && (status = stage.prepare(early)) != cudaSuccess) return status;
   }
   if (call.index != nullptr) {
     const size_t bytes = static_cast<size_t>(work.passes * total) * sizeof(float);
@@ -161,10 +180,16 @@ cudaError_t run_stages(const FusedCall& call, std::array<Stage, 4> stages, bool 
   for (; work.begin < total; work.begin += call.chunk) {
     work.size = static_cast<int32_t>(std::min(call.chunk, total - work.begin));
     const int64_t rows = int64_t{work.size} * work.passes;
-    const int64_t blocks[] = {work.size, ceil_divide(work.size, kTileRows),
-                              ceil_divide(rows, kTileRows), rows};
+    const int64_t tasks[] = {work.size, work.size, rows, rows};
     for (size_t i = 0; i < stages.size(); ++i) {
-      if ((status = stages[i].launch(work, blocks[i], stream)) != cudaSuccess) return status;
+      const auto blocks_of = [&](const Stage& stage) {
+        return ceil_divide(tasks[i], int64_t{stage.tasks}) * (i == 1 ? work.networks : 1);
+      };
+      const bool middle = i == 1 || i == 2;
+      const Stage& stage = middle && two_tiles && blocks_of(wide[i - 1]) >= multiprocessors()
+                               ? wide[i - 1]
+                               : stages[i];
+      if ((status = stage.launch(work, blocks_of(stage), stream)) != cudaSuccess) return status;
     }
   }
   return cudaSuccess;
@@ -176,7 +201,7 @@ bool fused_sizes(int64_t shape, FusedSizes* sizes) {
   return with_shape(shape, [&](auto named) {
     using S = decltype(named);
     *sizes = {S::Encode::kSize, S::kFragments, S::kBiases, 2 * S::kMapValues,
-              2 * S::Latent::kLatent};
+              4 * S::Latent::kLatent};
   });
 }
 
@@ -185,8 +210,8 @@ cudaError_t fused_errors(const FusedCall& call, cudaStream_t stream) {
   with_shape(call.shape, [&](auto named) {
     using S = decltype(named);
     // Two blocks of E fill a multiprocessor.
-    const bool wide = kResident<typename S::Encode> <= 2;
-    status = run_stages(call, stages_of<S>(), wide, stream);
+    const bool early = kResident<typename S::Encode> <= 2;
+    status = run_stages(call, stages_of<S>(), wide_stages_of<S>(), early, stream);
   });
   return status;
 }

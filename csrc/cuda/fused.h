@@ -11,7 +11,7 @@ struct FusedSizes {
   int64_t fragments;     // Of weights: 128 bf16 each.
   int64_t biases;        // float32.
   int64_t map_bytes;     // Scratch a patch.
-  int64_t latent_bytes;  // Scratch a decoder pass of a patch.
+  int64_t latent_bytes;  // Scratch a network and patch.
 };
 
 // Returns whether there is a shape of that number.
@@ -33,7 +33,7 @@ struct FusedCall {
   bool normal, perturbed;  // Which passes; one or both.
   int64_t chunk;           // Patches whose maps are in scratch at once.
   void* maps;              // chunk * map_bytes, aligned to 16 bytes.
-  void* latents;           // chunk * passes * latent_bytes, aligned to 16 bytes.
+  void* latents;           // chunk * networks * latent_bytes, aligned to 16 bytes.
   float* errors;           // (passes, frames * patches).
 };
 

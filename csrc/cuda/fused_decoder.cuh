@@ -302,23 +302,38 @@ FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const
   put_products<S>(lane, end + S::kProductPitch, below);
 }
 
-// A pixel's reconstruction.
+// The logits of four neighbouring pixels, from the fourth of a row on: sums of the products in three
+// columns of three rows, those of neighbouring strips added up already but at their edges.
 template <class S>
-FASTALPS_DEVICE float reconstruction(const float* products, float bias, int y, int x) {
+FASTALPS_DEVICE void find_logits(const float* products, float bias, int y, int x,
+                                 float (&logits)[4]) {
   using Shares = typename S::FifthShares;
   const int part = Shares::part_of(y), row = y - Shares::first(part);
-  // The sum of a row of taps.
-  const auto taps = [&](int strip, int line) {
+#pragma unroll
+  for (float& logit : logits) logit = bias;
+  const auto add = [&](int strip, int line) {
     const float* const place = products + (strip * S::kStripRows + line) * S::kProductPitch + x;
-    float sum = place[S::plane_at(1)];
-    if (x > 0) sum += place[S::plane_at(0) - 1];
-    if (x < S::kSize - 1) sum += place[S::plane_at(2) + 1];
-    return sum;
+    // Of the left column those from x - 1 on, of the right one those from x + 1 on.
+    const float4 left = *reinterpret_cast<const float4*>(place + S::plane_at(0));
+    const float4 middle = *reinterpret_cast<const float4*>(place + S::plane_at(1));
+    const float4 right = *reinterpret_cast<const float4*>(place + S::plane_at(2) + 2);
+    const float before = x > 0 ? place[S::plane_at(0) - 1] : 0.0f;
+    const float after = place[S::plane_at(2) + 1];
+    const float lefts[4] = {before, left.x, left.y, left.z};
+    const float middles[4] = {middle.x, middle.y, middle.z, middle.w};
+    const float rights[4] = {after, right.x, right.y, right.z};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      logits[i] += lefts[i] + middles[i];
+      if (i != (S::kSize - 1) % 4 || x + i < S::kSize - 1) logits[i] += rights[i];
+    }
   };
-  float logit = bias + taps(part, row + 1);
-  if (row == 0 && part > 0) logit += taps(part - 1, Shares::rows(part - 1) + 1);
-  if (row == Shares::rows(part) - 1 && part < Shares::kParts - 1) logit += taps(part + 1, 0);
-  return reciprocal(1.0f + exponential(-logit));
+  add(part, row + 1);
+  const bool first = row == 0 && part > 0;
+  const bool last = row == Shares::rows(part) - 1 && part < Shares::kParts - 1;
+  if (first || last) {
+    add(first ? part - 1 : part + 1, first ? Shares::rows(part - 1) + 1 : 0);
+  }
 }
 
 // The mean along an axis of the values up to `reach` from the `place`th, as far as there are any.
@@ -355,7 +370,7 @@ FASTALPS_DEVICE float smoothed_squares(const Work& work, float* planes) {
 template <class S>
 FASTALPS_DEVICE void decode(const Work& work, const uint2* weights, const float* biases,
                             unsigned char* shared) {
-  using Targets = Pixels<S::kSize>;
+  using Targets = Pixels<Fours<S::kSize>>;
   const Lane lane(thread_index());
   unsigned char* const even = shared + S::kEvenAt;
   unsigned char* const odd = shared + S::kOddAt;
@@ -399,22 +414,23 @@ FASTALPS_DEVICE void decode(const Work& work, const uint2* weights, const float*
                  products);
     barrier();
 
-    float sum = 0.0f, off[Targets::kCount];
+    float sum = 0.0f, off[4] = {};
+    if (Targets::inside(lane, 0)) {
+      float logits[4];
+      find_logits<S>(products, last_bias, Targets::row(lane, 0), Targets::column(lane, 0), logits);
 #pragma unroll
-    for (int i = 0; i < Targets::kCount; ++i) {
-      const int y = Targets::row(lane, i);
-      off[i] = Targets::inside(lane, i)
-                   ? reconstruction<S>(products, last_bias, y, lane.index) -
-                         targets.unit(work.source, i)
-                   : 0.0f;
-      sum += off[i] * off[i];
+      for (int i = 0; i < 4; ++i) {
+        if (!Targets::inside(lane, i)) continue;
+        off[i] = reciprocal(1.0f + exponential(-logits[i])) - targets.unit(work.source, i);
+        sum += off[i] * off[i];
+      }
     }
     if (work.reach > 0) {
       barrier();  // The products have been read.
 #pragma unroll
-      for (int i = 0; i < Targets::kCount; ++i) {
-        const int y = Targets::row(lane, i);
-        if (Targets::inside(lane, i)) products[y * S::kSize + lane.index] = off[i];
+      for (int i = 0; i < 4; ++i) {
+        const int pixel = Targets::row(lane, i) * S::kSize + Targets::column(lane, i);
+        if (Targets::inside(lane, i)) products[pixel] = off[i];
       }
       sum = smoothed_squares<S>(work, products);
     }

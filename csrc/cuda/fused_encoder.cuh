@@ -5,13 +5,13 @@
 
 namespace fastalps::cuda::fused {
 
-template <int kSize>
-FASTALPS_DEVICE void put_image(const Source& source, const Lane& lane, const Pixels<kSize>& pixels,
-                               uint16_t* image) {
+template <class S>
+FASTALPS_DEVICE void put_image(const Source& source, const Lane& lane,
+                               const Pixels<Lines<S::kSize>>& pixels, uint16_t* image) {
 #pragma unroll
   for (int i = 0; i < pixels.kCount; ++i) {
     if (!pixels.inside(lane, i)) continue;
-    image[(pixels.row(lane, i) + 1) * (kSize + 2) + lane.index + 1] =
+    image[(pixels.row(lane, i) + 1) * S::kBordered + lane.index + 1] =
         static_cast<uint16_t>(round_pair(pixels.level(source, i), 0.0f) & 0xffff);
   }
 }
@@ -121,18 +121,18 @@ FASTALPS_DEVICE void encode(const Work& work, const uint2* weights, const float*
   if (block_index() >= patches) return;
   // The borders of map and image stay zeros.
   clear_chunks(map, S::kSharedBytes - S::kMapAt);
-  Pixels<S::kSize> pixels(work.source, lane, find_patch(work, block_index()));
+  Pixels<Lines<S::kSize>> pixels(work.source, lane, find_patch(work, block_index()));
   barrier();
 
   for (int number = block_index(); number < patches; number += block_count()) {
     // Nobody reads the last patch's image any more: its second layer came after a barrier.
-    put_image(work.source, lane, pixels, image);
+    put_image<S>(work.source, lane, pixels, image);
     barrier();
     first_convolution<S>(lane, image, resident, work.slope, map);
     // The next patch's, long before they are needed.
     if (number + block_count() < patches) {
       const Patch next = find_patch(work, number + block_count());
-      pixels = Pixels<S::kSize>(work.source, lane, next);
+      pixels = Pixels<Lines<S::kSize>>(work.source, lane, next);
     }
     barrier();
     constexpr int kTiles = divide_up(S::kQuarter, 2);
@@ -200,7 +200,7 @@ FASTALPS_DEVICE void third_band(const Lane& lane, const unsigned char* staged,
           }
         }
       }
-      stream.refill(at);
+      if (tap_row < 2 || at + stream.kSteps < 3 * kSteps) stream.refill(at);
     }
     stream.advance(3 * kSteps);
   }
@@ -221,7 +221,7 @@ FASTALPS_DEVICE void third_band(const Lane& lane, const unsigned char* staged,
 }
 
 // The fourth convolution, summed over its four pixels (the weights are packed divided by four):
-// one slice of the terms, 16 patches by the warp's columns, into `parts` (slice, patch, latent).
+// one slice of the terms, all patches by the warp's columns, into `parts` (slice, patch, latent).
 template <class S>
 FASTALPS_DEVICE void fourth_slice(const Lane& lane, const unsigned char* hidden,
                                   const uint2* weights, float* parts) {
@@ -230,6 +230,7 @@ FASTALPS_DEVICE void fourth_slice(const Lane& lane, const unsigned char* hidden,
   constexpr int kSteps = S::kThird / kTileTerms / S::kSlices;
   constexpr int kCells = S::kQuarter * S::kQuarter;
   constexpr int kPixel = S::HiddenMap::bytes(kTileRows);
+  constexpr int kTiles = S::kTiles;
   const int first_column = lane.warp % S::kGroups * kAcross;
   const int slice = lane.warp / S::kGroups;
   int terms[kSteps];
@@ -237,11 +238,12 @@ FASTALPS_DEVICE void fourth_slice(const Lane& lane, const unsigned char* hidden,
   for (int step = 0; step < kSteps; ++step) {
     terms[step] = S::HiddenMap::chunk(lane.row, 2 * (step * S::kSlices + slice) + lane.half);
   }
-  Stream<kSteps % 4 == 0 ? 4 : 3, kAcross> stream(
+  Stream<kSteps % 4 == 0 && kTiles == 1 ? 4 : 3, kAcross> stream(
       weights + (slice * kColumns + first_column) * kLanes + lane.index,
       S::kSlices * kColumns * kLanes);
-  float sums[kCells][kAcross][4];  // Pixels apart: independent sums hide latency.
-  clear(sums);
+  float sums[kTiles][kCells][kAcross][4];  // Pixels apart: independent sums hide latency.
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) clear(sums[tile]);
 #pragma unroll 1
   for (int tap_row = 0; tap_row < 3; ++tap_row) {
 #pragma unroll
@@ -254,120 +256,106 @@ FASTALPS_DEVICE void fourth_slice(const Lane& lane, const unsigned char* hidden,
         // Rows and columns past the last do not occur.
         const int row = 2 * (cell / 2) + tap_row - 1, column = 2 * (cell % 2) + tap_column - 1;
         if (row < 0 || column < 0) continue;
-        const Operand a = load_operand(first + (2 * (cell / 2) * S::kHalf + column) * kPixel);
 #pragma unroll
-        for (int across = 0; across < kAcross; ++across) {
-          multiply_add(sums[cell][across], a, stream.at(at)[across]);
+        for (int tile = 0; tile < kTiles; ++tile) {
+          const Operand a = load_operand(first + tile * S::kHiddenBytes +
+                                         (2 * (cell / 2) * S::kHalf + column) * kPixel);
+#pragma unroll
+          for (int across = 0; across < kAcross; ++across) {
+            multiply_add(sums[tile][cell][across], a, stream.at(at)[across]);
+          }
         }
       }
-      stream.refill(at);
+      if (tap_row < 2 || at + stream.kSteps < 3 * kSteps) stream.refill(at);
     }
     stream.advance(3 * kSteps);
   }
 #pragma unroll
-  for (int across = 0; across < kAcross; ++across) {
+  for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-    for (int part = 0; part < 4; ++part) {
-      const int patch = lane.group + 8 * (part / 2);
-      const int channel = (first_column + across) * kTileColumns + 2 * lane.quad + part % 2;
-      float sum = 0.0f;
+    for (int across = 0; across < kAcross; ++across) {
 #pragma unroll
-      for (int cell = 0; cell < kCells; ++cell) sum += sums[cell][across][part];
-      parts[(slice * kTileRows + patch) * S::kLatent + channel] = sum;
+      for (int part = 0; part < 4; ++part) {
+        const int patch = tile * kTileRows + lane.group + 8 * (part / 2);
+        const int channel = (first_column + across) * kTileColumns + 2 * lane.quad + part % 2;
+        float sum = 0.0f;
+#pragma unroll
+        for (int cell = 0; cell < kCells; ++cell) sum += sums[tile][cell][across][part];
+        parts[(slice * S::kPatches + patch) * S::kLatent + channel] = sum;
+      }
     }
   }
 }
 
-// The perturbation's factor for one patch: 1, or 1 / its root mean square.
+// The rows of a tile that a band needs, asynchronously; zeros for patches that there are not.
 template <class S>
-FASTALPS_DEVICE float bound_factor(const Work& work, const float* perturbation) {
-  if (work.bound != Bound::kNorm) return 1.0f;
-  float square = 0.0f;
-  for (int i = 0; i < S::kLatent; ++i) square += perturbation[i] * perturbation[i];
-  return inverse_root(square / S::kLatent + 1e-12f);
+FASTALPS_DEVICE void stage(const Work& work, int network, int first, int patches, int top,
+                           unsigned char* staged) {
+  using Staged = typename S::StagedMap;
+  constexpr int kMapBytes = S::kSide * S::kSide * S::kSecond * 2;
+  constexpr int kRowChunks = S::kSide * Staged::kChunks;  // Of one row of one patch.
+  for (int item = thread_index(); item < S::kStagedRows * kTileRows * kRowChunks; item += kBlock) {
+    const int chunk = item % Staged::kChunks;
+    const int column = item / Staged::kChunks % S::kSide;
+    const int patch = item / kRowChunks % kTileRows;
+    const int local = item / (kRowChunks * kTileRows);
+    if (top + local < 0 || top + local >= S::kSide) continue;
+    const int pixel = (local * S::kSide + column) * kTileRows + patch;
+    unsigned char* const target = staged + Staged::chunk(pixel, chunk);
+    if (first + patch < patches) {
+      const unsigned char* const source =
+          work.maps + (static_cast<int64_t>(first + patch) * work.networks + network) * kMapBytes;
+      const int place = ((top + local) * S::kSide + column) * Staged::kChunks + chunk;
+      copy_async(target, source + place * kChunkBytes);
+    } else {
+      *reinterpret_cast<uint4*>(target) = uint4{};
+    }
+  }
 }
 
-// First half of kernel M: 16 patches a block, weights streamed from L2.
+// First half of kernel M: a network's outputs of kPatches patches a block, weights streamed from L2.
 template <class S>
 FASTALPS_DEVICE void make_latents(const Work& work, const uint2* weights, const float* biases,
                                   unsigned char* shared) {
-  using Staged = typename S::StagedMap;
   const Lane lane(thread_index());
   unsigned char* const staged = shared;
   float* const parts = reinterpret_cast<float*>(shared);
   unsigned char* const hidden = shared + S::kHiddenAt;
-  float* const kept = reinterpret_cast<float*>(shared + S::kKeptAt);
-  constexpr int kValues = kTileRows * S::kLatent;
-  constexpr int kMapBytes = S::kSide * S::kSide * S::kSecond * 2;
+  constexpr int kValues = S::kPatches * S::kLatent;
   allow_next();
   await_previous();
   const int patches = patches_of(work);
+  const int tasks = divide_up(patches, S::kPatches) * work.networks;
 
-  for (int first = block_index() * kTileRows; first < patches; first += block_count() * kTileRows) {
-    for (int network = 0; network < work.networks; ++network) {
+  for (int task = block_index(); task < tasks; task += block_count()) {
+    const int network = task & (work.networks - 1);  // There are one or two.
+    const int first = (task >> (work.networks - 1)) * S::kPatches;
 #pragma unroll 1
-      for (int band = 0; band < S::kBands; ++band) {
-        const int top = 2 * S::kBandRows * band - 1;
-        barrier();  // The last user of `staged`, or of `parts`, is done.
-        constexpr int kRowChunks = S::kSide * Staged::kChunks;  // Of one row of one patch.
-        for (int item = thread_index(); item < S::kStagedRows * kTileRows * kRowChunks;
-             item += kBlock) {
-          const int chunk = item % Staged::kChunks;
-          const int column = item / Staged::kChunks % S::kSide;
-          const int patch = item / kRowChunks % kTileRows;
-          const int local = item / (kRowChunks * kTileRows);
-          if (top + local < 0 || top + local >= S::kSide) continue;
-          const int pixel = (local * S::kSide + column) * kTileRows + patch;
-          unsigned char* const target = staged + Staged::chunk(pixel, chunk);
-          if (first + patch < patches) {
-            const unsigned char* const source =
-                work.maps +
-                (static_cast<int64_t>(first + patch) * work.networks + network) * kMapBytes;
-            const int place = ((top + local) * S::kSide + column) * Staged::kChunks + chunk;
-            copy_async(target, source + place * kChunkBytes);
-          } else {
-            *reinterpret_cast<uint4*>(target) = uint4{};
-          }
-        }
-        await_copies();
-        barrier();
-        third_band<S>(lane, staged, hidden, weights + network * S::kThirdFragments * kLanes,
-                      biases + network * S::kThird, work.slope, band);
-      }
+    for (int item = 0; item < S::kTiles * S::kBands; ++item) {
+      const int tile = item / S::kBands, band = item % S::kBands;
+      barrier();  // The last user of `staged`, or of `parts`, is done.
+      stage<S>(work, network, first + tile * kTileRows, patches, 2 * S::kBandRows * band - 1,
+               staged);
+      await_copies();
       barrier();
-      fourth_slice<S>(lane, hidden,
-                      weights + (2 * S::kThirdFragments + network * S::kFourthFragments) * kLanes,
-                      parts);
-      barrier();
-      const float* const bias = biases + 2 * S::kThird + network * S::kLatent;
-      for (int i = thread_index(); i < kValues; i += kBlock) {
-        float value = read_only(bias + i % S::kLatent);
-#pragma unroll
-        for (int slice = 0; slice < S::kSlices; ++slice) value += parts[slice * kValues + i];
-        // The perturbation stays where the slices were: each thread overwrites its own values.
-        (network == 0 ? kept : parts)[i] = value;
-      }
+      third_band<S>(lane, staged, hidden + tile * S::kHiddenBytes,
+                    weights + network * S::kThirdFragments * kLanes, biases + network * S::kThird,
+                    work.slope, band);
     }
     barrier();
-    for (int pair = thread_index(); pair < kValues / 2; pair += kBlock) {
-      const int patch = 2 * pair / S::kLatent, channel = 2 * pair % S::kLatent;
-      if (first + patch >= patches) continue;
-      const float* const latent = kept + patch * S::kLatent;
-      const float* const perturbation = parts + patch * S::kLatent;
-      const float factor = work.networks == 2 ? bound_factor<S>(work, perturbation) : 0.0f;
-      for (int pass = 0; pass < work.passes; ++pass) {
-        float values[2] = {latent[channel], latent[channel + 1]};
-        if (pass == 1 || work.first_perturbed) {
+    fourth_slice<S>(lane, hidden,
+                    weights + (2 * S::kThirdFragments + network * S::kFourthFragments) * kLanes,
+                    parts);
+    barrier();
+    const float* const bias = biases + 2 * S::kThird + network * S::kLatent;
+    for (int i = thread_index(); i < kValues; i += kBlock) {
+      const int patch = first + i / S::kLatent, channel = i % S::kLatent;
+      float value = read_only(bias + channel);
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const float found = perturbation[channel + i];
-            values[i] += work.strength *
-                         (work.bound == Bound::kTanh ? hyperbolic_tangent(found) : factor * found);
-          }
-        }
-        const int64_t row = static_cast<int64_t>(first + patch) * work.passes + pass;
-        put(work.latents + (row * S::kLatent + channel) * 2, round_pair(values[0], values[1]));
-      }
+      for (int slice = 0; slice < S::kSlices; ++slice) value += parts[slice * kValues + i];
+      if (patch >= patches) continue;
+      work.latents[(static_cast<int64_t>(patch) * work.networks + network) * S::kLatent + channel] =
+          value;
     }
   }
 }

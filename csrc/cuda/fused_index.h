@@ -152,10 +152,12 @@ struct EncodeShape {
   static constexpr int kSharedBytes = align_up(kImageAt + kBordered * kBordered * 2, kChunkBytes);
 };
 
-// First half of kernel M: the third and fourth convolutions, their pooling, the perturbation. A
-// tile's 16 rows are patches, all at the same pixel, so that a tap is outside for all or none.
-template <int kSide_, int kSecond_, int kThird_, int kLatent_>
+// First half of kernel M: the third and fourth convolutions of one network, their pooling. A tile's
+// 16 rows are patches, all at the same pixel, so that a tap is outside for all or none. A block has
+// kTiles of them: as many patches meet a weight of the fourth convolution that was read from L2.
+template <int kTiles_, int kSide_, int kSecond_, int kThird_, int kLatent_>
 struct LatentShape {
+  static constexpr int kTiles = kTiles_, kPatches = kTiles * kTileRows;
   static constexpr int kSide = kSide_, kSecond = kSecond_, kThird = kThird_, kLatent = kLatent_;
   static constexpr int kHalf = 4, kQuarter = 2;
   static_assert(divide_up(kSide, 2) == kHalf);
@@ -167,7 +169,7 @@ struct LatentShape {
   static constexpr int kFragments = 2 * (kThirdFragments + kFourthFragments);
   static constexpr int kBiases = 2 * kThird + 2 * kLatent;
 
-  // Two rows of results a band, for which five rows of inputs are staged.
+  // Two rows of results a band, for which five rows of inputs are staged, of one tile at a time.
   static constexpr int kBands = 2, kBandRows = kHalf / kBands, kStagedRows = 2 * kBandRows + 1;
   static constexpr int kThirdAcross = kThird / kTileColumns / kWarps;
   static_assert(kThirdAcross * kTileColumns * kWarps == kThird);
@@ -178,19 +180,19 @@ struct LatentShape {
   static constexpr int kSlices = kWarps / kGroups;
   static_assert(kGroups * kSlices == kWarps && kThird / kTileTerms % kSlices == 0);
 
-  // Shared memory: staged rows (later the slices' sums, then the perturbation), the hidden map, the
-  // latent of the encoder.
+  // Shared memory: staged rows (later the slices' sums), the tiles' hidden maps.
   static constexpr int kStagedBytes = StagedMap::bytes(kStagedRows * kSide * kTileRows);
   static constexpr int kHiddenAt = kStagedBytes;
-  static constexpr int kKeptAt = kHiddenAt + HiddenMap::bytes(kHalf * kHalf * kTileRows);
-  static constexpr int kSharedBytes = kKeptAt + kTileRows * kLatent * 4;
-  static_assert(kSlices * kTileRows * kLatent * 4 <= kStagedBytes);
+  static constexpr int kHiddenBytes = HiddenMap::bytes(kHalf * kHalf * kTileRows);  // Of a tile.
+  static constexpr int kSharedBytes = kHiddenAt + kTiles * kHiddenBytes;
+  static_assert(kSlices * kPatches * kLatent * 4 <= kStagedBytes);
 };
 
-// Second half of kernel M: the dense layer and the first two transposed convolutions. Rows are
-// decoder passes; a tile has 16 of them at the same pixel.
-template <int kSide_, int kLatent_, int kStart_, int kFirst_, int kSecond_>
+// Second half of kernel M: the perturbation, the dense layer and the first two transposed
+// convolutions. Rows are decoder passes; a tile has 16 of them at the same pixel, a block kTiles.
+template <int kTiles_, int kSide_, int kLatent_, int kStart_, int kFirst_, int kSecond_>
 struct ExpandShape {
+  static constexpr int kTiles = kTiles_, kRows = kTiles * kTileRows;
   static constexpr int kSide = kSide_, kLatent = kLatent_, kStart = kStart_;
   static constexpr int kFirst = kFirst_, kSecond = kSecond_;
   static constexpr int kQuarter = 2, kHalf = 4;
@@ -207,16 +209,21 @@ struct ExpandShape {
   static constexpr int kBiases = kDense + kFirst + kSecond;
   static constexpr int kOutputs = kSide * kSide * kSecond;
 
+  // A warp's columns; its sums are at most 128 registers a lane.
   static constexpr int kDenseAcross = 4;
-  static constexpr int kFirstAcross = kFirst / kTileColumns / kWarps;
+  static constexpr int kFirstColumns = kFirst / kTileColumns;
+  static constexpr int kFirstAcross = kTiles == 1 ? kFirstColumns / kWarps : 1;
   static constexpr int kSecondAcross = kSecond / kTileColumns >= 8 ? 2 : 1;
+  static constexpr int kSecondGroups = kSecond / kTileColumns / kSecondAcross;
   static_assert(kDense % (kTileColumns * kDenseAcross) == 0);
-  static_assert(kFirstAcross * kTileColumns * kWarps == kFirst);
+  static_assert(kFirstColumns % (kFirstAcross * kWarps) == 0);
 
-  // Shared memory: latents, the dense layer's map, the first layer's map.
-  static constexpr int kStartAt = LatentMap::bytes(kTileRows);
-  static constexpr int kFirstAt = kStartAt + StartMap::bytes(kQuarter * kQuarter * kTileRows);
-  static constexpr int kSharedBytes = kFirstAt + FirstMap::bytes(kHalf * kHalf * kTileRows);
+  // Shared memory: latents, the dense layer's map, the first layer's map, the perturbations'
+  // factors.
+  static constexpr int kStartAt = LatentMap::bytes(kRows);
+  static constexpr int kFirstAt = kStartAt + StartMap::bytes(kQuarter * kQuarter * kRows);
+  static constexpr int kFactorsAt = kFirstAt + FirstMap::bytes(kHalf * kHalf * kRows);
+  static constexpr int kSharedBytes = kFactorsAt + kRows * 4;
 };
 
 // Rows that kParts warps share out: the first kFull of them have kMost, the others one less.
@@ -302,7 +309,7 @@ struct DecodeShape {
 
   // Floats of the last layer's products: for each column of taps a plane, in which each strip of
   // rows has one row more on either side, for its neighbours. The pairs of planes 0 and 2, which
-  // are stored at once, meet different banks.
+  // are stored at once, meet different banks; two cells off, plane 2 is aligned to 16 bytes.
   static constexpr int kStripRows = FifthShares::kMost + 2, kProductPitch = 4 * kRun;
   static constexpr int kPlane = FifthShares::kParts * kStripRows * kProductPitch;
   FASTALPS_INDEX static int plane_at(int tap) {
@@ -331,8 +338,12 @@ template <int kSize, int kC1, int kC2, int kC3, int kLatent, int kD0, int kD1, i
 struct Shape {
   static constexpr int kQuarter = divide_up(divide_up(kSize, 2), 2);
   using Encode = EncodeShape<kSize, kC1, kC2>;
-  using Latent = LatentShape<kQuarter, kC2, kC3, kLatent>;
-  using Expand = ExpandShape<kQuarter, kLatent, kD0, kD1, kD2>;
+  template <int kTiles>
+  using LatentOf = LatentShape<kTiles, kQuarter, kC2, kC3, kLatent>;
+  template <int kTiles>
+  using ExpandOf = ExpandShape<kTiles, kQuarter, kLatent, kD0, kD1, kD2>;
+  using Latent = LatentOf<1>;
+  using Expand = ExpandOf<1>;
   using Decode = DecodeShape<kSize, kD2, kD3, kD4, kD5>;
   static constexpr int kPixels = kSize * kSize;
 
@@ -347,15 +358,18 @@ struct Shape {
   static constexpr int kBiases = kDecodeBias + Decode::kBiases;
 
   // Scratch of a patch, in bf16 values: the maps between E and M, later those between M and D (both
-  // networks, then both passes), and the latents.
+  // networks, then both passes).
   static constexpr int kMapValues =
       2 * (Encode::kOutputs > Expand::kOutputs ? Encode::kOutputs : Expand::kOutputs);
-  static constexpr int kScratchValues = kMapValues + 2 * kLatent;
 
   // What every GPU of compute capability 8.0, 9.x and 10.x gives a block: 163 KiB.
   static constexpr int kMostShared = 163 * 1024;
   static_assert(Encode::kSharedBytes <= kMostShared && Latent::kSharedBytes <= kMostShared);
   static_assert(Expand::kSharedBytes <= kMostShared && Decode::kSharedBytes <= kMostShared);
+  // What those of 9.x and 10.0 give: enough for two tiles.
+  static constexpr int kMostOfHopper = 227 * 1024;
+  static_assert(LatentOf<2>::kSharedBytes <= kMostOfHopper);
+  static_assert(ExpandOf<2>::kSharedBytes <= kMostOfHopper);
 };
 
 // The shipped presets, by the numbers that fastalps/fused.py gives them.

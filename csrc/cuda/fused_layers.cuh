@@ -39,7 +39,7 @@ struct Work {
   const uint2* weights;
   const float* biases;
   unsigned char* maps;     // Scratch, see Shape.
-  unsigned char* latents;  // (size * passes, latent) bf16.
+  float* latents;          // Outputs of the networks: (size, networks, latent).
   float* errors;           // (passes, total).
 };
 
@@ -76,16 +76,35 @@ FASTALPS_DEVICE Patch find_patch(const Work& work, int number) {
           frame * source.patches_per_frame.divisor + patch};
 }
 
-// A thread's pixels of a patch: a warp has every eighth row, a lane one of its columns. They are kept
-// as they were read until they are used, as nothing waits for them before.
-template <int kSize>
+// Which pixels of a patch a thread has: a warp every eighth row, of which a lane has a column,
+template <int kSize_>
+struct Lines {
+  static constexpr int kSize = kSize_, kCount = divide_up(kSize, kWarps);
+  static constexpr int kDown = kWarps, kRight = 0;  // From one to the next.
+  static_assert(kSize <= kLanes);
+  FASTALPS_DEVICE static int row(const Lane& lane) { return lane.warp; }
+  FASTALPS_DEVICE static int column(const Lane& lane) { return lane.index; }
+};
+
+// or four neighbours in a row.
+template <int kSize_>
+struct Fours {
+  static constexpr int kSize = kSize_, kCount = 4;
+  static constexpr int kDown = 0, kRight = 1;
+  static_assert(kSize * divide_up(kSize, 4) <= kBlock && kSize <= kLanes);
+  FASTALPS_DEVICE static int row(const Lane& lane) { return 4 * lane.warp + lane.index / 8; }
+  FASTALPS_DEVICE static int column(const Lane& lane) { return 4 * (lane.index % 8); }
+};
+
+// A thread's pixels as they were read, until they are used, as nothing waits for them before.
+template <class Places>
 struct Pixels {
-  static constexpr int kCount = divide_up(kSize, kWarps);
+  static constexpr int kCount = Places::kCount;
   uint32_t raw[kCount];
 
   FASTALPS_DEVICE Pixels(const Source& source, const Lane& lane, const Patch& patch) {
-    int64_t place =
-        patch.origin + lane.warp * source.row_stride + lane.index * source.column_stride;
+    int64_t place = patch.origin + Places::row(lane) * source.row_stride +
+                    Places::column(lane) * source.column_stride;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       raw[i] = 0;
@@ -93,13 +112,18 @@ struct Pixels {
         raw[i] = source.bytes ? read_only(static_cast<const uint8_t*>(source.pixels) + place)
                               : read_only(static_cast<const uint32_t*>(source.pixels) + place);
       }
-      place += kWarps * source.row_stride;
+      place += Places::kDown * source.row_stride + Places::kRight * source.column_stride;
     }
   }
 
-  FASTALPS_DEVICE static int row(const Lane& lane, int i) { return lane.warp + i * kWarps; }
+  FASTALPS_DEVICE static int row(const Lane& lane, int i) {
+    return Places::row(lane) + i * Places::kDown;
+  }
+  FASTALPS_DEVICE static int column(const Lane& lane, int i) {
+    return Places::column(lane) + i * Places::kRight;
+  }
   FASTALPS_DEVICE static bool inside(const Lane& lane, int i) {
-    return row(lane, i) < kSize && lane.index < kSize;
+    return row(lane, i) < Places::kSize && column(lane, i) < Places::kSize;
   }
   // In [0, 1].
   FASTALPS_DEVICE float unit(const Source& source, int i) const {
@@ -220,7 +244,7 @@ FASTALPS_DEVICE void start_sums(float (&sums)[kAcross][4], const Biases<kAcross>
 
 // Weights on their way from L2, kAcross fragments a step, `stride` apart from step to step. They
 // are read kDepth steps before they are used: L2 takes longer to answer than a step takes to
-// multiply. So many steps behind the last are read as well; other layers' weights follow.
+// multiply.
 template <int kDepth, int kAcross>
 struct Stream {
   static constexpr int kSteps = kDepth;

@@ -21,7 +21,7 @@ struct Problem {
   const uint2* weights;
   const float* biases;
   unsigned char* maps;
-  unsigned char* latents;
+  float* latents;
   float* errors;
   int64_t kernel, blocks, descending;
 };
@@ -62,6 +62,16 @@ void run_shape(const Problem& problem, const Work& work) {
       return run_kernel(problem, S::Expand::kSharedBytes, [&](unsigned char* shared) {
         expand<typename S::Expand>(work, weights + S::kExpandAt * kLanes, biases + S::kExpandBias,
                                    shared);
+      });
+    case 4:
+      return run_kernel(problem, S::template LatentOf<2>::kSharedBytes, [&](unsigned char* shared) {
+        make_latents<typename S::template LatentOf<2>>(work, weights + S::kLatentAt * kLanes,
+                                                       biases + S::kLatentBias, shared);
+      });
+    case 5:
+      return run_kernel(problem, S::template ExpandOf<2>::kSharedBytes, [&](unsigned char* shared) {
+        expand<typename S::template ExpandOf<2>>(work, weights + S::kExpandAt * kLanes,
+                                                 biases + S::kExpandBias, shared);
       });
     default:
       return run_kernel(problem, S::Decode::kSharedBytes, [&](unsigned char* shared) {
