@@ -172,18 +172,18 @@ FASTALPS_DEVICE void third_band(const Lane& lane, const unsigned char* staged,
   for (int step = 0; step < kSteps; ++step) {
     terms[step] = S::StagedMap::chunk(lane.row, 2 * step + lane.half);
   }
-  // A row of taps is whole rounds of the steps that are ahead.
-  Stream<kSteps % 4 == 0 ? 4 : 3, kAcross> stream(weights + first_column * kLanes + lane.index,
-                                                  kColumns * kLanes);
+  constexpr int kDepth = round_steps(3 * kSteps), kRounds = 3 * kSteps / kDepth;
+  Stream<kDepth, kAcross> stream(weights + first_column * kLanes + lane.index, kColumns * kLanes);
   const Biases<kAcross> bias(lane, biases, first_column);
   float sums[kCells][kAcross][4];
 #pragma unroll
   for (int cell = 0; cell < kCells; ++cell) start_sums(sums[cell], bias);
-#pragma unroll 1
+#pragma unroll (kRounds % 2 == 0 ? 1 : 3)
   for (int tap_row = 0; tap_row < 3; ++tap_row) {
 #pragma unroll
     for (int at = 0; at < 3 * kSteps; ++at) {
       const int tap_column = at / kSteps;
+      if (at % kDepth == 0 && (tap_row < 2 || at / kDepth + 1 < kRounds)) stream.read();
       const unsigned char* const first = staged + tap_row * S::kSide * kPixel + terms[at % kSteps];
 #pragma unroll
       for (int row = 0; row < S::kBandRows; ++row) {
@@ -196,13 +196,12 @@ FASTALPS_DEVICE void third_band(const Lane& lane, const unsigned char* staged,
           const Operand a = load_operand(first + (2 * row * S::kSide + column) * kPixel);
 #pragma unroll
           for (int across = 0; across < kAcross; ++across) {
-            multiply_add(sums[row * S::kHalf + x][across], a, stream.at(at)[across]);
+            multiply_add(sums[row * S::kHalf + x][across], a, stream.current[at % kDepth][across]);
           }
         }
       }
-      if (tap_row < 2 || at + stream.kSteps < 3 * kSteps) stream.refill(at);
+      if (at % kDepth == kDepth - 1) stream.advance();
     }
-    stream.advance(3 * kSteps);
   }
 #pragma unroll
   for (int across = 0; across < kAcross; ++across) {
@@ -238,17 +237,20 @@ FASTALPS_DEVICE void fourth_slice(const Lane& lane, const unsigned char* hidden,
   for (int step = 0; step < kSteps; ++step) {
     terms[step] = S::HiddenMap::chunk(lane.row, 2 * (step * S::kSlices + slice) + lane.half);
   }
-  Stream<kSteps % 4 == 0 && kTiles == 1 ? 4 : 3, kAcross> stream(
+  constexpr int kDepth = kSteps % 4 == 0 ? 4 / kTiles : round_steps(3 * kSteps);
+  constexpr int kRounds = 3 * kSteps / kDepth;
+  Stream<kDepth, kAcross> stream(
       weights + (slice * kColumns + first_column) * kLanes + lane.index,
       S::kSlices * kColumns * kLanes);
   float sums[kTiles][kCells][kAcross][4];  // Pixels apart: independent sums hide latency.
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) clear(sums[tile]);
-#pragma unroll 1
+#pragma unroll (kRounds % 2 == 0 ? 1 : 3)
   for (int tap_row = 0; tap_row < 3; ++tap_row) {
 #pragma unroll
     for (int at = 0; at < 3 * kSteps; ++at) {
       const int tap_column = at / kSteps;
+      if (at % kDepth == 0 && (tap_row < 2 || at / kDepth + 1 < kRounds)) stream.read();
       const unsigned char* const first =
           hidden + (tap_row - 1) * S::kHalf * kPixel + terms[at % kSteps];
 #pragma unroll
@@ -262,13 +264,12 @@ FASTALPS_DEVICE void fourth_slice(const Lane& lane, const unsigned char* hidden,
                                          (2 * (cell / 2) * S::kHalf + column) * kPixel);
 #pragma unroll
           for (int across = 0; across < kAcross; ++across) {
-            multiply_add(sums[tile][cell][across], a, stream.at(at)[across]);
+            multiply_add(sums[tile][cell][across], a, stream.current[at % kDepth][across]);
           }
         }
       }
-      if (tap_row < 2 || at + stream.kSteps < 3 * kSteps) stream.refill(at);
+      if (at % kDepth == kDepth - 1) stream.advance();
     }
-    stream.advance(3 * kSteps);
   }
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {

@@ -69,7 +69,7 @@ FASTALPS_DEVICE void dense(const Lane& lane, const unsigned char* latents, unsig
                            float slope) {
   constexpr int kColumns = S::kDense / kTileColumns;
   constexpr int kAcross = S::kDenseAcross;
-  constexpr int kSteps = S::kLatent / kTileTerms, kDepth = DenseStream<S>::kSteps;
+  constexpr int kSteps = S::kLatent / kTileTerms, kDepth = DenseStream<S>::kDepth;
   static_assert(kSteps % kDepth == 0);
   for (int first_column = lane.warp * kAcross; first_column < kColumns;
        first_column += kWarps * kAcross) {
@@ -77,10 +77,10 @@ FASTALPS_DEVICE void dense(const Lane& lane, const unsigned char* latents, unsig
     clear(sums);
     // Behind the last step come the first ones of the next columns, if there are any.
     const int next_column = first_column + kWarps * kAcross;
-#pragma unroll 1
+#pragma unroll
     for (int first = 0; first < kSteps; first += kDepth) {
-      const bool last = first + kDepth == kSteps, more = !last || next_column < kColumns;
-      if (last) stream.next = weights + next_column * kLanes + lane.index;
+      if (first + kDepth == kSteps) stream.next = weights + next_column * kLanes + lane.index;
+      if (first + kDepth < kSteps || next_column < kColumns) stream.read();
 #pragma unroll
       for (int at = 0; at < kDepth; ++at) {
         const int chunk = 2 * (first + at) + lane.half;
@@ -90,12 +90,11 @@ FASTALPS_DEVICE void dense(const Lane& lane, const unsigned char* latents, unsig
               load_operand(latents + S::LatentMap::chunk(tile * kTileRows + lane.row, chunk));
 #pragma unroll
           for (int across = 0; across < kAcross; ++across) {
-            multiply_add(sums[tile][across], a, stream.at(at)[across]);
+            multiply_add(sums[tile][across], a, stream.current[at][across]);
           }
         }
-        if (more) stream.refill(at);
       }
-      stream.advance(kDepth);
+      stream.advance();
     }
 #pragma unroll
     for (int across = 0; across < kAcross; ++across) {
@@ -111,12 +110,12 @@ FASTALPS_DEVICE void dense(const Lane& lane, const unsigned char* latents, unsig
   }
 }
 
-// A transposed convolution's weights from L2: kAcross fragments of each of its taps (those whose
-// rows a phase has, or all), read a whole step of terms before they are used.
+// A transposed convolution's weights, as in `Stream`: kAcross fragments of each of its taps (those
+// whose rows a phase has, or all), a step of terms ahead.
 template <int kSteps, int kColumns, int kAcross, int kPhase = -1>
 struct TapStream {
   const uint2* next;
-  uint2 ahead[9][kAcross];
+  uint2 current[9][kAcross], following[9][kAcross];
 
   // From a warp's first fragment on; null: there is nothing to read.
   FASTALPS_DEVICE explicit TapStream(const uint2* weights) { start(weights); }
@@ -128,20 +127,24 @@ struct TapStream {
   FASTALPS_DEVICE void start(const uint2* weights) {
     if (weights == nullptr) return;
     next = weights;
-#pragma unroll
-    for (int tap = 0; tap < 9; ++tap) {
-      if (has(tap)) refill(tap);
-    }
+    read();
     advance();
   }
 
-  FASTALPS_DEVICE void advance() { next += kColumns * kLanes; }
-
-  // After the last use of this step's fragments the next one's take their registers.
-  FASTALPS_DEVICE void refill(int tap) {
+  FASTALPS_DEVICE void read() {
 #pragma unroll
-    for (int across = 0; across < kAcross; ++across) {
-      ahead[tap][across] = read_only(next + (tap * kSteps * kColumns + across) * kLanes);
+    for (int i = 0; i < 9 * kAcross; ++i) {
+      const int tap = i / kAcross, across = i % kAcross;
+      if (!has(tap)) continue;
+      following[tap][across] = read_only(next + (tap * kSteps * kColumns + across) * kLanes);
+    }
+    next += kColumns * kLanes;
+  }
+
+  FASTALPS_DEVICE void advance() {
+#pragma unroll
+    for (int i = 0; i < 9 * kAcross; ++i) {
+      if (has(i / kAcross)) current[i / kAcross][i % kAcross] = following[i / kAcross][i % kAcross];
     }
   }
 };
@@ -165,9 +168,9 @@ FASTALPS_DEVICE void expand_first(const Lane& lane, const unsigned char* start,
   float sums[kTiles][kCells][S::kFirstAcross][4];
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) clear(sums[tile]);
-#pragma unroll 1
+#pragma unroll 2
   for (int step = 0; step < kSteps; ++step) {
-    const bool more = step + 1 < kSteps;
+    if (step + 1 < kSteps) stream.read();
     Operand a[4][kTiles];
 #pragma unroll
     for (int i = 0; i < 4 * kTiles; ++i) {
@@ -185,10 +188,9 @@ FASTALPS_DEVICE void expand_first(const Lane& lane, const unsigned char* start,
         for (int i = 0; i < kTiles * S::kFirstAcross; ++i) {
           const int tile = i % kTiles, across = i / kTiles;
           multiply_add(sums[tile][row * S::kHalf + column][across], a[pixel][tile],
-                       stream.ahead[tap][across]);
+                       stream.current[tap][across]);
         }
       }
-      if (more) stream.refill(tap);
     }
     stream.advance();
   }
@@ -224,9 +226,9 @@ FASTALPS_DEVICE void expand_second(const Lane& lane, const unsigned char* input,
   for (int tile = 0; tile < kTiles; ++tile) {
     start_joint(lane, biases + first_column * kTileColumns, sums[tile]);
   }
-#pragma unroll 1
+#pragma unroll 2
   for (int step = 0; step < kSteps; ++step) {
-    const bool more = step + 1 < kSteps;
+    if (step + 1 < kSteps) stream.read();
 #pragma unroll
     for (int neighbour = 0; neighbour <= kPhase; ++neighbour) {
       if (neighbour == 1 && !below) continue;
@@ -248,10 +250,9 @@ FASTALPS_DEVICE void expand_second(const Lane& lane, const unsigned char* input,
 #pragma unroll
           for (int i = 0; i < kTiles * kAcross; ++i) {
             multiply_add(sums[i % kTiles][column][i / kTiles], a[pixel][i % kTiles],
-                         stream.ahead[tap][i / kTiles]);
+                         stream.current[tap][i / kTiles]);
           }
         }
-        if (more) stream.refill(tap);
       }
     }
     stream.advance();

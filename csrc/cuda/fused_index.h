@@ -212,7 +212,7 @@ struct ExpandShape {
   // A warp's columns; its sums are at most 128 registers a lane.
   static constexpr int kDenseAcross = 4;
   static constexpr int kFirstColumns = kFirst / kTileColumns;
-  static constexpr int kFirstAcross = kTiles == 1 ? kFirstColumns / kWarps : 1;
+  static constexpr int kFirstAcross = 1;
   static constexpr int kSecondAcross = kSecond / kTileColumns >= 8 ? 2 : 1;
   static constexpr int kSecondGroups = kSecond / kTileColumns / kSecondAcross;
   static_assert(kDense % (kTileColumns * kDenseAcross) == 0);

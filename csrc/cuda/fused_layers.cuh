@@ -242,40 +242,46 @@ FASTALPS_DEVICE void start_sums(float (&sums)[kAcross][4], const Biases<kAcross>
   }
 }
 
-// Weights on their way from L2, kAcross fragments a step, `stride` apart from step to step. They
-// are read kDepth steps before they are used: L2 takes longer to answer than a step takes to
-// multiply.
-template <int kDepth, int kAcross>
+// Weights on their way from L2, which takes longer to answer than a step takes to multiply: while
+// kDepth steps of kAcross fragments are used, so many others are read. Loops that `advance` are
+// unrolled by two, so that the two sets trade places without copies.
+template <int kDepth_, int kAcross>
 struct Stream {
-  static constexpr int kSteps = kDepth;
+  static constexpr int kDepth = kDepth_;
   const uint2* next;
-  int stride;
-  uint2 ahead[kDepth][kAcross];
+  int stride;  // From step to step.
+  uint2 current[kDepth][kAcross], following[kDepth][kAcross];
 
   FASTALPS_DEVICE Stream(const uint2* weights, int stride_) : next(weights), stride(stride_) {
+    read();
+    advance();
+  }
+
+  FASTALPS_DEVICE void read() {
 #pragma unroll
     for (int step = 0; step < kDepth; ++step) {
 #pragma unroll
       for (int across = 0; across < kAcross; ++across) {
-        ahead[step][across] = read_only(next + step * stride + across * kLanes);
+        following[step][across] = read_only(next + step * stride + across * kLanes);
       }
     }
     next += kDepth * stride;
   }
 
-  // The fragments of a step; counted from the last `advance`, at compile time.
-  FASTALPS_DEVICE const uint2 (&at(int step) const)[kAcross] { return ahead[step % kDepth]; }
-
-  // After their last use: others take their registers.
-  FASTALPS_DEVICE void refill(int step) {
+  FASTALPS_DEVICE void advance() {
 #pragma unroll
-    for (int across = 0; across < kAcross; ++across) {
-      ahead[step % kDepth][across] = read_only(next + step * stride + across * kLanes);
+    for (int i = 0; i < kDepth * kAcross; ++i) {
+      current[i / kAcross][i % kAcross] = following[i / kAcross][i % kAcross];
     }
   }
-
-  // By a multiple of kDepth.
-  FASTALPS_DEVICE void advance(int steps) { next += steps * stride; }
 };
+
+// A row of taps' steps in rounds of a stream: an even number of rounds, if that is possible.
+FASTALPS_INDEX int round_steps(int steps) {
+  for (int depth = steps / 2 < 6 ? steps / 2 : 6; depth > 1; --depth) {
+    if (steps % (2 * depth) == 0) return depth;
+  }
+  return steps;
+}
 
 }  // namespace fastalps::cuda::fused
