@@ -97,9 +97,9 @@ bench: setup
 bench-ops: setup
 	$(BIN)/python -m pytest bench/test_ops_benchmark.py --benchmark-only
 
-# No network, no .venv: whatever python3 with torch there is.
+# No network, no .venv: whatever python3 with torch there is. ARGS="--quick --data UCSDped2", say.
 gpu-check:
-	$(PYTHON) bench/gpu_check.py
+	$(PYTHON) bench/gpu_check.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

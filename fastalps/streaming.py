@@ -2,6 +2,7 @@
 
 Pixels go through two pinned buffers in turn (double buffering): while the device computes with
 what came out of one, the next pixels are put into the other and copied on a stream of their own.
+Pixels in pinned memory are copied from where they are.
 Scores come back into pinned memory, and are waited for when the next chunk is under way.
 """
 
@@ -41,7 +42,8 @@ class Staging:
     """The way of one stream of frames to a CUDA device, through two buffers in turn.
 
     `upload` and `release` alternate; what reads the pixels is started between them, on the current
-    stream. Only `upload` ever waits, for a copy: that of the buffer that it takes.
+    stream. Only `upload` ever waits, for a copy: that of the buffer that it takes, or that of pixels
+    which are in pinned memory already and need no buffer of the host.
 
     Args:
         device: a CUDA device.
@@ -78,20 +80,26 @@ class Staging:
             return pixels.to(self.device, non_blocking=True)
         self.wait(buffer.copied)
         size = pixels.numel() * pixels.element_size()
-        if size > len(buffer.host):
-            buffer.host = _pinned((size,), torch.uint8)
+        if size > len(buffer.there):
             # Of the copying stream's memory, which no other stream has still to read or write.
             with cuda.stream(self._copies):
                 buffer.there = torch.empty(size, dtype=torch.uint8, device=self.device)
-        host = buffer.host[:size].view(pixels.dtype).view(pixels.shape)
         there = buffer.there[:size].view(pixels.dtype).view(pixels.shape)
-        host.copy_(pixels)
+        host, pinned = pixels, pixels.is_contiguous() and _is_pinned(pixels)
+        if not pinned:
+            if size > len(buffer.host):
+                buffer.host = _pinned((size,), torch.uint8)
+            host = buffer.host[:size].view(pixels.dtype).view(pixels.shape).copy_(pixels)
         with cuda.stream(self._copies):
             # What was computed with the buffer's pixels before.
             self._copies.wait_event(buffer.read)
             with self.span(COPY):
                 there.copy_(host, non_blocking=True)
             buffer.copied.record(self._copies)
+        if pinned:
+            # Their owner may change them when this has returned. Until then the device computes
+            # with the last ones.
+            self.wait(buffer.copied)
         computing.wait_event(buffer.copied)
         _keep_for(buffer.there, computing)
         return there
@@ -186,6 +194,10 @@ def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
 def _pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Memory that the device can reach by itself; torch keeps what was freed for the next call."""
     return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+
+def _is_pinned(tensor: Tensor) -> bool:
+    return tensor.is_pinned()
 
 
 def _keep_for(tensor: Tensor, stream: cuda.Stream) -> None:

@@ -263,12 +263,12 @@ def test_kinds_of_frames(model: ALPS, rng, kind) -> None:
     assert same(streamed(scorer, chunks, Lagging(2)), whole)
 
 
-def reusing(frames: torch.Tensor, size: int):
+def reusing(frames: torch.Tensor, size: int, pinned: bool = False):
     """Chunks that are all the same memory."""
-    memory = np.empty_like(frames[:size].numpy())
+    memory = torch.empty_like(frames[:size], pin_memory=pinned)
     for chunk in frames.split(size):
-        memory[: len(chunk)] = chunk.numpy()
-        yield memory[: len(chunk)]
+        memory[: len(chunk)] = chunk
+        yield memory[: len(chunk)] if pinned else memory[: len(chunk)].numpy()
 
 
 def test_a_source_may_use_its_memory_again(model: ALPS, rng) -> None:
@@ -277,6 +277,24 @@ def test_a_source_may_use_its_memory_again(model: ALPS, rng) -> None:
     whole = scorer.score_frames(frames)
     for seed in range(5):
         assert same(streamed(scorer, reusing(frames, 4), Lagging(seed)), whole)
+
+
+def test_pinned_frames_are_copied_from_where_they_are(model: ALPS, rng, monkeypatch) -> None:
+    """Without a buffer of the host; and their owner may use the memory again."""
+    frames = moving(22, rng)
+    scorer = Scorer(model, precision="fp32")
+    whole = scorer.score_frames(frames)
+    monkeypatch.setattr(streaming, "_is_pinned", lambda tensor: True)
+    for seed in range(5):
+        device = Lagging(seed)
+        buffers = []
+        memory = device.memory
+        monkeypatch.setattr(
+            device, "memory", lambda *of, memory=memory: buffers.append(of) or memory(*of)
+        )
+        assert same(streamed(scorer, reusing(frames, 4), device), whole)
+        # Only what scores come back into.
+        assert {dtype for _, dtype in buffers} == {torch.float32}
 
 
 def brightening(rng: torch.Generator) -> torch.Tensor:
@@ -463,13 +481,14 @@ def test_streams_on_cuda(
 
 @pytest.mark.gpu
 @needs_cuda
-def test_large_streams_on_cuda(model: ALPS, rng, poisoned) -> None:
+@pytest.mark.parametrize("pinned", [False, True])
+def test_large_streams_on_cuda(model: ALPS, rng, poisoned, pinned) -> None:
     """Enough work that copies and scores would be late, were they not waited for."""
     frames = moving(64, rng, (480, 640))
     scorer = cuda_scorer(model)
     whole = scorer.score_frames(frames)
     for _ in range(5):
-        assert same(list(scorer.score_frames(reusing(frames, 5))), whole)
+        assert same(list(scorer.score_frames(reusing(frames, 5, pinned))), whole)
 
 
 @pytest.mark.gpu

@@ -32,41 +32,28 @@ FASTALPS_DEVICE void third_rows(const Lane& lane, const unsigned char* input, co
   constexpr int kDown = S::kThirdDown, kSteps = S::kInputs / kTileTerms;
   const unsigned char* const corner =
       input + In::chunk(lane.half, (first_row + lane.row / 8) * S::kInputPitch + lane.row % 8);
-  // Of the row below the last tile both distances are read at once.
-  const unsigned char* const bottom =
-      input + In::chunk(lane.half, (first_row + 2 * kDown) * S::kInputPitch + lane.row % 8 +
-                                       lane.row / 8);
   const Biases<1> bias(lane, biases, column);
   float sums[kDown][4][1][4];
 #pragma unroll
   for (int i = 0; i < 4 * kDown; ++i) start_sums(sums[i / 4][i % 4], bias);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    // Of each row of anchors, by distance to the right, two matrices: the halves of the terms.
-    uint32_t found[2 * kDown + 1][2][2];
+    Operand a[kDown][4];
 #pragma unroll
-    for (int pair = 0; pair <= 2 * kDown; ++pair) {
-      const bool last = pair == 2 * kDown;
-      const int row = pair / 2 * 2, distance = pair % 2;
-      const Operand a = load_operand(last ? bottom + In::chunk(2 * step, 0)
-                                          : corner + In::chunk(2 * step, row * S::kInputPitch +
-                                                                             distance));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        (last ? found[row][i % 2] : found[row + i % 2][distance])[i / 2] = a.word[i];
-      }
+    for (int i = 0; i < 4 * kDown; ++i) {
+      const int row = i / 4 * 2 + i % 4 / 2, distance = i % 2;
+      a[i / 4][i % 4] =
+          load_operand(corner + In::chunk(2 * step, row * S::kInputPitch + distance));
     }
     const uint2* const first = weights + (step * S::kThirdColumns + column) * kLanes + lane.index;
 #pragma unroll
     for (int tap = 0; tap < 9; ++tap) {
       const uint2 b = first[tap * kSteps * S::kThirdColumns * kLanes];
       const int phase = 2 * tap_phase(tap / 3) + tap_phase(tap % 3);
-      const int below = tap_neighbour(tap / 3), right = tap_neighbour(tap % 3);
+      const int neighbour = 2 * tap_neighbour(tap / 3) + tap_neighbour(tap % 3);
 #pragma unroll
       for (int down = 0; down < kDown; ++down) {
-        const auto& upper = found[2 * down + below][right];
-        const auto& lower = found[2 * down + below + 1][right];
-        multiply_add(sums[down][phase][0], {{upper[0], lower[0], upper[1], lower[1]}}, b);
+        multiply_add(sums[down][phase][0], a[down][neighbour], b);
       }
     }
   }
@@ -96,14 +83,14 @@ FASTALPS_DEVICE void fourth_rows(const Lane& lane, const unsigned char* map, con
   const unsigned char* const corner =
       map + In::chunk(lane.half, first_row * S::kHalfPitch + lane.row);
   const bool full = S::FourthShares::full(part);
-  // To the right of odd anchors are even ones.
-  const unsigned char* const next =
-      map + In::chunk(lane.row / 8, first_row * S::kHalfPitch + 1 + lane.row % 8);
-  Operand at;
-  HalfOperand after;
+  // To the right of even anchors are odd ones, then even ones.
+  const int right = lane.row < 8 ? S::kRun + lane.row : lane.row - 7;
+  const unsigned char* const after =
+      map + In::chunk(lane.half, first_row * S::kHalfPitch + right);
+  Operand next[2];
   const auto load = [&](int row, int step) {
-    at = load_operand(corner + In::chunk(2 * step, row * S::kHalfPitch));
-    after = load_half(next + In::chunk(2 * step, row * S::kHalfPitch));
+    next[0] = load_operand(corner + In::chunk(2 * step, row * S::kHalfPitch));
+    next[1] = load_operand(after + In::chunk(2 * step, row * S::kHalfPitch));
   };
   load(0, 0);
   uint2 b[9][kSteps];
@@ -119,10 +106,7 @@ FASTALPS_DEVICE void fourth_rows(const Lane& lane, const unsigned char* map, con
     if (row == kMost && !full) break;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const Operand found = at;
-      const HalfOperand beyond = after;
-      const Operand a[2] = {found,
-                            {{found.word[1], beyond.word[0], found.word[3], beyond.word[1]}}};
+      const Operand a[2] = {next[0], next[1]};
       // The next step's, if there is one.
       const int following = row * kSteps + step + 1;
       if (following < kMost * kSteps || (following < (kMost + 1) * kSteps && full)) {
@@ -134,12 +118,12 @@ FASTALPS_DEVICE void fourth_rows(const Lane& lane, const unsigned char* map, con
         if (anchor < 0 || anchor == kMost) continue;
         const int phase = 2 * tap_phase(tap / 3) + tap_phase(tap % 3);
         float(&mine)[4] = sums[anchor % 2][phase];
-        const Operand& right = a[tap_neighbour(tap % 3)];
+        const Operand& terms = a[tap_neighbour(tap % 3)];
         if (anchor == row && fresh[phase]) {
-          multiply_add(mine, right, b[tap][step], bias.four[0]);
+          multiply_add(mine, terms, b[tap][step], bias.four[0]);
           fresh[phase] = false;
         } else {
-          multiply_add(mine, right, b[tap][step]);
+          multiply_add(mine, terms, b[tap][step]);
         }
       }
     }
@@ -170,48 +154,6 @@ FASTALPS_DEVICE void put_products(const Lane& lane, float* place, const float (&
   }
 }
 
-// The operands of a row of the fifth layer: its taps' columns meet the runs of 8 pixels that
-// `DecodeShape` has for a side, a tap two neighbouring ones.
-template <class S>
-struct FifthRow {
-  static constexpr int kPlanes = S::kFourth / kChunkChannels;
-  static_assert(kPlanes == 1 || kPlanes % 2 == 0);
-  // One plane: all runs at once. Two: of both, the first two runs, and the others.
-  Operand found[kPlanes];
-
-  FASTALPS_DEVICE static const unsigned char* corner(const Lane& lane, const unsigned char* map,
-                                                     int first_row, int side) {
-    const int run = kPlanes == 1 ? lane.index / 8 : lane.row / 8;
-    const int plane = kPlanes == 1 ? 0 : lane.half;
-    return map + S::FourthMap::chunk(plane, first_row * S::kPitch + S::run_at(side, run) +
-                                                lane.index % 8);
-  }
-
-  // `beyond`: from the first two runs to the others.
-  FASTALPS_DEVICE void load(const unsigned char* corner, int beyond, int row) {
-#pragma unroll
-    for (int i = 0; i < kPlanes; ++i) {
-      found[i] = load_operand(corner + i % 2 * beyond +
-                              S::FourthMap::chunk(i / 2 * 2, row * S::kPitch));
-    }
-  }
-
-  // Behind the last tap weights are zeros; it is taken once more.
-  FASTALPS_DEVICE Operand step(int number) const {
-    if constexpr (kPlanes == 1) {
-      const uint32_t* const runs = found[0].word;
-      if (number == 0) return {{runs[0], runs[1], runs[1], runs[2]}};
-      return {{runs[2], runs[3], runs[2], runs[3]}};
-    } else {
-      const int tap = number / (kPlanes / 2), planes = number % (kPlanes / 2) * 2;
-      const Operand &first = found[planes], &second = found[planes + 1];
-      if (tap == 0) return first;
-      if (tap == 2) return second;
-      return {{first.word[1], second.word[0], first.word[3], second.word[2]}};
-    }
-  }
-};
-
 // The last two layers, of stride 1: a share of the rows, the columns of one side. A row of inputs
 // serves the three rows of results around it, and a row of the fifth layer's results, which are
 // operands as they stand, the three rows of products around it.
@@ -220,17 +162,29 @@ FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const
                                const uint2* last_weights, const float* biases, float slope,
                                int part, int side, float* products) {
   constexpr int kAcross = S::kFifthAcross, kSteps = S::kFifthSteps;
-  constexpr int kMost = S::FifthShares::kMost;
+  using In = typename S::FourthMap;
+  constexpr int kPlanes = S::kFourth / kChunkChannels, kMost = S::FifthShares::kMost;
   constexpr float kZeros[4] = {};
   const bool full = S::FifthShares::full(part);
   const int first_row = S::FifthShares::first(part);
-  const unsigned char* const corner = FifthRow<S>::corner(lane, map, first_row, side);
-  const int beyond = S::FourthMap::chunk(0, S::run_at(side, 2 + lane.row / 8) -
-                                                S::run_at(side, lane.row / 8));
+  // A tap meets two neighbouring runs. Behind the last tap weights are zeros; it is read once more.
+  const unsigned char* corner[kSteps];
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const int chunk = 2 * step + lane.half, tap = chunk / kPlanes < 3 ? chunk / kPlanes : 2;
+    const int cell = first_row * S::kPitch + S::run_at(side, tap + lane.row / 8) + lane.row % 8;
+    corner[step] = map + In::chunk(chunk % kPlanes, cell);
+  }
   float* const strip =
       products + part * S::kStripRows * S::kProductPitch + 4 * lane.group + 2 * side;
-  FifthRow<S> next;
-  next.load(corner, beyond, 0);
+  Operand next[kSteps];
+  const auto load = [&](int row) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      next[step] = load_operand(corner[step] + In::chunk(0, row * S::kPitch));
+    }
+  };
+  load(0);
   uint2 b[3][kSteps][kAcross], last[3][S::kLastSteps];
 #pragma unroll
   for (int i = 0; i < 3 * kSteps * kAcross; ++i) {
@@ -247,12 +201,13 @@ FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const
   float above[4] = {}, here[4] = {}, below[4];
 #pragma unroll
   for (int row = 0; row < kMost + 2; ++row) {
-    const FifthRow<S> found = next;
+    Operand a[kSteps];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) a[step] = next[step];
     // Behind a share that is not full there may be none.
-    if (row < kMost || (row == kMost && full)) next.load(corner, beyond, row + 1);
+    if (row < kMost || (row == kMost && full)) load(row + 1);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const Operand a = found.step(step);
 #pragma unroll
       for (int tap_row = 0; tap_row < 3; ++tap_row) {
         const int result = row - tap_row;
@@ -261,9 +216,9 @@ FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const
         for (int across = 0; across < kAcross; ++across) {
           float(&mine)[4] = sums[result % 3][across];
           if (tap_row == 0 && step == 0) {
-            multiply_add(mine, a, b[tap_row][step][across], bias.four[across]);
+            multiply_add(mine, a[step], b[tap_row][step][across], bias.four[across]);
           } else {
-            multiply_add(mine, a, b[tap_row][step][across]);
+            multiply_add(mine, a[step], b[tap_row][step][across]);
           }
         }
       }

@@ -45,22 +45,6 @@ FASTALPS_DEVICE Operand load_operand(const unsigned char* chunk) {
   return a;
 }
 
-// Half of its columns of rows, or half of its rows: two pairs of bf16 a lane.
-struct HalfOperand {
-  uint32_t word[2];
-};
-
-// Two matrices of 8 rows, whose addresses the first 16 lanes give.
-FASTALPS_DEVICE HalfOperand load_half(const unsigned char* chunk) {
-  HalfOperand a;
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(chunk));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(a.word[0]), "=r"(a.word[1])
-               : "r"(address)
-               : "memory");
-  return a;
-}
-
 // Starts a copy of 16 bytes from global into shared memory, both aligned.
 FASTALPS_DEVICE void copy_async(unsigned char* target, const void* source) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(target));

@@ -39,9 +39,6 @@ namespace fastalps::cuda::fused {
 struct Operand {
   uint32_t word[4];
 };
-struct HalfOperand {
-  uint32_t word[2];
-};
 
 }  // namespace fastalps::cuda::fused
 
@@ -49,7 +46,7 @@ namespace emulation {
 
 using fastalps::cuda::fused::Operand;
 
-enum class State { kReady, kMultiply, kLoad, kLoadHalf, kShuffle, kBarrier, kDone };
+enum class State { kReady, kMultiply, kLoad, kShuffle, kBarrier, kDone };
 
 struct Thread {
   State state = State::kReady;
@@ -187,8 +184,7 @@ class Machine {
       }
       if (!error_.empty() || state == State::kBarrier || state == State::kDone) return state;
       if (state == State::kMultiply) multiply(lanes);
-      if (state == State::kLoad) load(lanes, 4);
-      if (state == State::kLoadHalf) load(lanes, 2);
+      if (state == State::kLoad) load(lanes);
       if (state == State::kShuffle) shuffle(lanes);
       if (!error_.empty()) return state;
       for (int lane = 0; lane < 32; ++lane) lanes[lane].state = State::kReady;
@@ -234,11 +230,11 @@ class Machine {
     }
   }
 
-  // PTX ISA, ldmatrix .x4 and .x2: lanes 8j to 8j + 7 give the addresses of the 8 rows of matrix j;
-  // lane l receives of each matrix elements 2 * (l % 4) and the next of row l / 4.
-  void load(Thread* lanes, int matrices) {
+  // PTX ISA, ldmatrix .x4: lanes 8j to 8j + 7 give the addresses of the 8 rows of matrix j; lane l
+  // receives of each matrix elements 2 * (l % 4) and the next of row l / 4.
+  void load(Thread* lanes) {
     ++counts.loads;
-    for (int lane = 0; lane < 8 * matrices; ++lane) {
+    for (int lane = 0; lane < 32; ++lane) {
       const unsigned char* address = lanes[lane].address;
       if (address < shared_ || address + 16 > shared_ + shared_bytes_) {
         error_ = "ldmatrix outside shared memory";
@@ -249,7 +245,7 @@ class Machine {
         return;
       }
     }
-    for (int matrix = 0; matrix < matrices; ++matrix) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
       // Each 8 rows take a cycle, or as many as rows share the same four banks.
       int most = 1;
       for (int row = 0; row < 8; ++row) {
@@ -311,13 +307,6 @@ inline Operand load_operand(const unsigned char* chunk) {
   machine->self().address = chunk;
   machine->wait(emulation::State::kLoad);
   return machine->self().loaded;
-}
-
-inline HalfOperand load_half(const unsigned char* chunk) {
-  emulation::Machine* const machine = emulation::Machine::current;
-  machine->self().address = chunk;
-  machine->wait(emulation::State::kLoadHalf);
-  return {{machine->self().loaded.word[0], machine->self().loaded.word[1]}};
 }
 
 inline void multiply_add(float (&sums)[4], const Operand& a, uint2 b, const float (&start)[4]) {
