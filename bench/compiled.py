@@ -39,8 +39,8 @@ def violations(rows: Iterable[Row]) -> Iterator[str]:
         for what, found, most in (
             ("registers", row.registers, limit["registers"] * double),
             ("bytes of shared memory", row.shared, limit["shared"] * double),
-            ("bytes of spills", row.spills, 0),
-            ("bytes of stack", row.stack, 0),
+            ("bytes of spills", row.spills, limit.get("spills", 0)),
+            ("bytes of stack", row.stack, limit.get("spills", 0)),
         ):
             if found > most:
                 yield f"{name}: {found} {what}, the limit is {most}"

@@ -135,30 +135,38 @@ SHARED_PROGRAM = """
 #include <cstdio>
 #include "fused_index.h"
 int main() {
-  int most[4] = {};
+  int most[6] = {};
   for (int64_t shape = 0; fastalps::cuda::fused::with_shape(shape, [&](auto named) {
          using S = decltype(named);
          const int bytes[] = {S::Encode::kSharedBytes, S::Latent::kSharedBytes,
-                              S::Expand::kSharedBytes, S::Decode::kSharedBytes};
-         for (int i = 0; i < 4; ++i) most[i] = std::max(most[i], bytes[i]);
+                              S::Expand::kSharedBytes, S::Decode::kSharedBytes,
+                              S::template LatentOf<2>::kSharedBytes,
+                              S::template ExpandOf<2>::kSharedBytes};
+         for (int i = 0; i < 6; ++i) most[i] = std::max(most[i], bytes[i]);
        });
        ++shape) {
   }
-  std::printf("%d %d %d %d", most[0], most[1], most[2], most[3]);
+  for (int bytes : most) std::printf("%d ", bytes);
 }
 """
 
 
-def fused_shared(folder: Path) -> dict[str, int]:
-    """Dynamic shared memory of the fused kernels, the most of all shapes, from their own header."""
+def fused_shared(folder: Path) -> dict[tuple[str, str], int]:
+    """Dynamic shared memory of the fused kernels (name, architecture), the most of all shapes, from
+    their own header. Two tiles a block have no room on 8.0 and are not launched there."""
     source, program = folder / "shared.cpp", folder / "shared"
     source.write_text(SHARED_PROGRAM, encoding="utf-8")
     include = f"-I{ROOT / 'csrc/cuda'}"
     command = [build_module().cxx(), "-std=c++20", include, str(source), "-o", str(program)]
     subprocess.run(command, check=True)
     said = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
-    names = ("encode", "latent", "expand", "decode")
-    return {f"fused_{n}_kernel": int(b) for n, b in zip(names, said.split(), strict=True)}
+    *narrow, latent, expand = map(int, said.split())
+    found = {}
+    for architecture in ARCHITECTURES:
+        most = narrow if architecture == "sm_80" else [narrow[0], latent, expand, narrow[3]]
+        for name, shared in zip(("encode", "latent", "expand", "decode"), most, strict=True):
+            found[f"fused_{name}_kernel", architecture] = shared
+    return found
 
 
 def cuda_rows(log: str, folder: Path) -> list[Row]:
@@ -175,7 +183,7 @@ def cuda_rows(log: str, folder: Path) -> list[Row]:
             max(use.registers for use in group),
             max(use.spills for use in group),
             max(use.stack for use in group),
-            max(use.shared for use in group) + dynamic.get(key[0], 0),
+            max(use.shared for use in group) + dynamic.get(key[:2], 0),
         )
         for key, group in sorted(groups.items())
     ]

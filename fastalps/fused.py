@@ -2,8 +2,8 @@
 
 Four kernels of `csrc/cuda/fused*`, over chunks of patches whose maps stay in the L2 cache: E (the
 first two convolutions), M in two halves (the other two; the perturbation, the dense layer and two
-transposed convolutions) and D (the last four layers, sigmoid and squared error). Weights and maps are bf16,
-sums float32, errors float32. No patch is copied and no reconstruction is stored.
+transposed convolutions) and D (the last four layers, sigmoid and squared error). No patch is copied
+and no reconstruction is stored. Weights and maps are bf16, sums float32, errors float32.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ class Staging:
     """The way of one stream of frames to a CUDA device, through two buffers in turn.
 
     `upload` and `release` alternate; what reads the pixels is started between them, on the current
-    stream. Only `upload` ever waits, for a copy: that of the buffer that it takes, or that of pixels
-    which are in pinned memory already and need no buffer of the host.
+    stream. Only `upload` ever waits, for a copy: that of the buffer that it takes, or, of pixels
+    that are in pinned memory already, their own.
 
     Args:
         device: a CUDA device.

@@ -66,7 +66,8 @@ def test_report(library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_fused_kernels_use_tensor_cores(library: Path) -> None:
-    """In the disassembly: products by tensor cores, operands by ldmatrix, nothing spilt."""
+    """In the disassembly: products by tensor cores, operands by ldmatrix, nothing spilt but where a
+    limit says so."""
     try:
         mix = instruction_mix(library.parent / library.stem / "fused.cu.o")
     except CannotCompile as reason:
@@ -76,7 +77,8 @@ def test_fused_kernels_use_tensor_cores(library: Path) -> None:
     assert found == {(name, architecture) for name in names for architecture in ARCHITECTURES}
     for key, counts in mix.items():
         assert counts.get("HMMA", 0) >= 8 and counts.get("LDSM", 0) >= 2, (key, counts)
-        assert "LDL" not in counts and "STL" not in counts, (key, counts)
+        if "spills" not in LIMITS["cuda"][kernel_name(key[0])]:
+            assert "LDL" not in counts and "STL" not in counts, (key, counts)
 
 
 def test_violations_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,8 +116,8 @@ def _affordable(
 ) -> Iterator[tuple[Any, ...]]:
     """Every sample input; of Triton on a GPU, where each of some ops' 500 kernels takes a second
     to compile, every eleventh. In the interpreter Triton has all of them."""
-    every = 11 if implementation.backend == "triton" and op in ("tile_patches", "fold_scores") else 1
-    return itertools.islice(sample_inputs(op, rng), None, None, every)
+    many = implementation.backend == "triton" and op in ("tile_patches", "fold_scores")
+    return itertools.islice(sample_inputs(op, rng), None, None, 11 if many else 1)
 
 
 @every

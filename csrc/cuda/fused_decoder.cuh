@@ -42,8 +42,7 @@ FASTALPS_DEVICE void third_rows(const Lane& lane, const unsigned char* input, co
 #pragma unroll
     for (int i = 0; i < 4 * kDown; ++i) {
       const int row = i / 4 * 2 + i % 4 / 2, distance = i % 2;
-      a[i / 4][i % 4] =
-          load_operand(corner + In::chunk(2 * step, row * S::kInputPitch + distance));
+      a[i / 4][i % 4] = load_operand(corner + In::chunk(2 * step, row * S::kInputPitch + distance));
     }
     const uint2* const first = weights + (step * S::kThirdColumns + column) * kLanes + lane.index;
 #pragma unroll
@@ -85,8 +84,7 @@ FASTALPS_DEVICE void fourth_rows(const Lane& lane, const unsigned char* map, con
   const bool full = S::FourthShares::full(part);
   // To the right of even anchors are odd ones, then even ones.
   const int right = lane.row < 8 ? S::kRun + lane.row : lane.row - 7;
-  const unsigned char* const after =
-      map + In::chunk(lane.half, first_row * S::kHalfPitch + right);
+  const unsigned char* const after = map + In::chunk(lane.half, first_row * S::kHalfPitch + right);
   Operand next[2];
   const auto load = [&](int row, int step) {
     next[0] = load_operand(corner + In::chunk(2 * step, row * S::kHalfPitch));
@@ -117,7 +115,7 @@ FASTALPS_DEVICE void fourth_rows(const Lane& lane, const unsigned char* map, con
         const int anchor = row - tap_neighbour(tap / 3);
         if (anchor < 0 || anchor == kMost) continue;
         const int phase = 2 * tap_phase(tap / 3) + tap_phase(tap % 3);
-        float(&mine)[4] = sums[anchor % 2][phase];
+        float (&mine)[4] = sums[anchor % 2][phase];
         const Operand& terms = a[tap_neighbour(tap % 3)];
         if (anchor == row && fresh[phase]) {
           multiply_add(mine, terms, b[tap][step], bias.four[0]);
@@ -131,13 +129,14 @@ FASTALPS_DEVICE void fourth_rows(const Lane& lane, const unsigned char* map, con
     const int done = row - 1;
 #pragma unroll
     for (int phase = 0; phase < 4; ++phase) {
-      const float(&mine)[4] = sums[done % 2][phase];
+      const float (&mine)[4] = sums[done % 2][phase];
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd) {
         const int kind = 2 * odd + phase % 2;  // The column is four times the group more.
         const uint32_t pair = leaky_pair(mine[2 * odd], mine[2 * odd + 1], slope);
         const int cell = S::fourth_cell(2 * (first_row + done) + phase / 2, kind) + lane.group;
-        if (4 * lane.group + kind < S::kSize) put(output + Out::chunk(column, cell) + 4 * lane.quad, pair);
+        if (4 * lane.group + kind < S::kSize)
+          put(output + Out::chunk(column, cell) + 4 * lane.quad, pair);
       }
     }
   }
@@ -188,8 +187,7 @@ FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const
   uint2 b[3][kSteps][kAcross], last[3][S::kLastSteps];
 #pragma unroll
   for (int i = 0; i < 3 * kSteps * kAcross; ++i) {
-    b[i / (kSteps * kAcross)][i / kAcross % kSteps][i % kAcross] =
-        weights[i * kLanes + lane.index];
+    b[i / (kSteps * kAcross)][i / kAcross % kSteps][i % kAcross] = weights[i * kLanes + lane.index];
   }
 #pragma unroll
   for (int i = 0; i < 3 * S::kLastSteps; ++i) {
@@ -214,7 +212,7 @@ FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const
         if (result < 0 || result >= kMost) continue;
 #pragma unroll
         for (int across = 0; across < kAcross; ++across) {
-          float(&mine)[4] = sums[result % 3][across];
+          float (&mine)[4] = sums[result % 3][across];
           if (tap_row == 0 && step == 0) {
             multiply_add(mine, a[step], b[tap_row][step][across], bias.four[across]);
           } else {
@@ -225,7 +223,7 @@ FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const
     }
     if (row < 2) continue;
     const int done = row - 2;
-    const float(&mine)[kAcross][4] = sums[done % 3];
+    const float (&mine)[kAcross][4] = sums[done % 3];
 #pragma unroll
     for (int step = 0; step < S::kLastSteps; ++step) {
       Operand a;
@@ -257,8 +255,8 @@ FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const
   put_products<S>(lane, end + S::kProductPitch, below);
 }
 
-// The logits of four neighbouring pixels, from the fourth of a row on: sums of the products in three
-// columns of three rows, those of neighbouring strips added up already but at their edges.
+// The logits of four neighbouring pixels, from the fourth of a row on: sums of the products in
+// three columns of three rows, those of neighbouring strips added up already but at their edges.
 template <class S>
 FASTALPS_DEVICE void find_logits(const float* products, float bias, int y, int x,
                                  float (&logits)[4]) {

@@ -38,12 +38,13 @@ FASTALPS_DEVICE void first_convolution(const Lane& lane, const uint16_t* image,
 #pragma unroll
     for (int lower = 0; lower < 2; ++lower) {
       // Behind the last column there is nothing of this row; those results are not stored.
-      const uint16_t* const corner =
-          image + 2 * row * S::kBordered + 2 * (2 * lane.group + lower);
+      const uint16_t* const corner = image + 2 * row * S::kBordered + 2 * (2 * lane.group + lower);
       const uint32_t first = corner[even_at], second = corner[odd_at];
       const uint32_t last = corner[2 * S::kBordered + 2];
       a.word[lower] = first | second << 16;
-      a.word[2 + lower] = (lane.quad == 0 ? last : lane.quad == 1 ? kOne : 0) |
+      a.word[2 + lower] = (lane.quad == 0   ? last
+                           : lane.quad == 1 ? kOne
+                                            : 0) |
                           (lane.quad < 2 ? kOne << 16 : 0);
     }
     unsigned char* const place = map + Out::chunk(0, S::cell(row, 2 * lane.group)) + 4 * lane.quad;
@@ -178,7 +179,7 @@ FASTALPS_DEVICE void third_band(const Lane& lane, const unsigned char* staged,
   float sums[kCells][kAcross][4];
 #pragma unroll
   for (int cell = 0; cell < kCells; ++cell) start_sums(sums[cell], bias);
-#pragma unroll (kRounds % 2 == 0 ? 1 : 3)
+#pragma unroll(kRounds % 2 == 0 ? 1 : 3)
   for (int tap_row = 0; tap_row < 3; ++tap_row) {
 #pragma unroll
     for (int at = 0; at < 3 * kSteps; ++at) {
@@ -239,13 +240,12 @@ FASTALPS_DEVICE void fourth_slice(const Lane& lane, const unsigned char* hidden,
   }
   constexpr int kDepth = kSteps % 4 == 0 ? 4 / kTiles : round_steps(3 * kSteps);
   constexpr int kRounds = 3 * kSteps / kDepth;
-  Stream<kDepth, kAcross> stream(
-      weights + (slice * kColumns + first_column) * kLanes + lane.index,
-      S::kSlices * kColumns * kLanes);
+  Stream<kDepth, kAcross> stream(weights + (slice * kColumns + first_column) * kLanes + lane.index,
+                                 S::kSlices * kColumns * kLanes);
   float sums[kTiles][kCells][kAcross][4];  // Pixels apart: independent sums hide latency.
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) clear(sums[tile]);
-#pragma unroll (kRounds % 2 == 0 ? 1 : 3)
+#pragma unroll(kRounds % 2 == 0 ? 1 : 3)
   for (int tap_row = 0; tap_row < 3; ++tap_row) {
 #pragma unroll
     for (int at = 0; at < 3 * kSteps; ++at) {
@@ -314,7 +314,8 @@ FASTALPS_DEVICE void stage(const Work& work, int network, int first, int patches
   }
 }
 
-// First half of kernel M: a network's outputs of kPatches patches a block, weights streamed from L2.
+// First half of kernel M: a network's outputs of kPatches patches a block, weights streamed from
+// L2.
 template <class S>
 FASTALPS_DEVICE void make_latents(const Work& work, const uint2* weights, const float* biases,
                                   unsigned char* shared) {

@@ -7,8 +7,8 @@
 namespace fastalps::cuda::fused {
 
 template <class S>
-using DenseStream = Stream<S::kLatent / kTileTerms < 8 ? S::kLatent / kTileTerms : 8,
-                           S::kDenseAcross>;
+using DenseStream =
+    Stream < S::kLatent / kTileTerms<8 ? S::kLatent / kTileTerms : 8, S::kDenseAcross>;
 
 // The perturbations' factors of the block's rows: 1 / their root mean squares.
 template <class S>
@@ -152,8 +152,8 @@ struct TapStream {
 template <class S>
 using FirstStream = TapStream<S::kStart / kTileTerms, S::kFirstColumns, S::kFirstAcross>;
 template <class S, int kPhase>
-using SecondStream = TapStream<S::kFirst / kTileTerms, S::kSecond / kTileColumns,
-                               S::kSecondAcross, kPhase>;
+using SecondStream =
+    TapStream<S::kFirst / kTileTerms, S::kSecond / kTileColumns, S::kSecondAcross, kPhase>;
 
 // The first transposed convolution, 2x2 to 4x4: a warp holds the sums of all 16 results, so that
 // each weight is read once, and does the 25 products of 36 that do not fall on the border.

@@ -38,9 +38,9 @@ struct Work {
   int32_t reach;  // Pixels to each side that a residual is averaged over; 0: none.
   const uint2* weights;
   const float* biases;
-  unsigned char* maps;     // Scratch, see Shape.
-  float* latents;          // Outputs of the networks: (size, networks, latent).
-  float* errors;           // (passes, total).
+  unsigned char* maps;  // Scratch, see Shape.
+  float* latents;       // Outputs of the networks: (size, networks, latent).
+  float* errors;        // (passes, total).
 };
 
 struct Patch {
@@ -197,8 +197,8 @@ FASTALPS_DEVICE void start_joint(const Lane& lane, const float* biases,
   }
 }
 
-// One row's results of kAcross tiles, packed for `joint_channel`: 4 * kAcross bytes a lane. They are
-// finished in any case: a store is cheaper skipped by itself than behind a branch.
+// One row's results of kAcross tiles, packed for `joint_channel`: 4 * kAcross bytes a lane. They
+// are finished in any case: a store is cheaper skipped by itself than behind a branch.
 template <int kAcross>
 FASTALPS_DEVICE void put_joint(unsigned char* pixel, const Lane& lane, int lower, float slope,
                                bool stored, const float (&sums)[kAcross][4]) {
