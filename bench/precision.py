@@ -89,7 +89,8 @@ def mnist_test(root: Path) -> tuple[Tensor, Tensor]:
 PRETRAINED = {"mnist-0": mnist_test, "ucsd-ped2-motion": ped2_test}
 
 
-def _exact(model: fastalps.ALPS, images: Tensor) -> Tensor:
+def exact_errors(model: fastalps.ALPS, images: Tensor) -> Tensor:
+    """(2, N) float64: normal and perturbed, of uint8 images."""
     # Smoothing is the model's, not the peer's.
     network = copy.deepcopy(model).double().eval()
     with torch.inference_mode():
@@ -99,12 +100,12 @@ def _exact(model: fastalps.ALPS, images: Tensor) -> Tensor:
 
 
 def _compare(model: fastalps.ALPS, train: Tensor, images: Tensor, labels: Tensor) -> dict[str, Any]:
-    exact = _exact(model, images)
+    exact = exact_errors(model, images)
     model.quantization = quantize(model, train)
     rows: dict[str, Any] = {}
     for precision in ("fp32", "bf16", "int8"):
         engine = Engine(model, precision=precision, ranges=model.quantization.ranges)
-        rows[precision] = _row(engine.errors(images, "both"), exact, labels, rows.get("fp32"))
+        rows[precision] = row(engine.errors(images, "both"), exact, labels, rows.get("fp32"))
         if precision != "fp32":
             agreement = model.quantization.agreement[precision]
             rows[precision]["normal_images"] = vars(agreement) | {"close": agreement.close}
@@ -116,31 +117,32 @@ def compare_pretrained(
 ) -> dict[str, Any]:
     """Each precision that the device has: `relative_error` to float64 by quantile, `auroc` of each
     score, how far it `moved` from fp32, and the scorer's `method`."""
-    exact = _exact(model, images)
+    exact = exact_errors(model, images)
     rows: dict[str, Any] = {}
     for precision in ("fp32", "bf16", "int8")[: 3 if device == "cpu" else 2]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of emulated instructions
             scorer = fastalps.Scorer(model, precision=precision, device=device)
         errors = torch.stack(scorer.scores_images(images)[:2])
-        rows[precision] = _row(errors, exact, labels, rows.get("fp32"))
+        rows[precision] = row(errors, exact, labels, rows.get("fp32"))
         rows[precision]["method"] = scorer.method
     return rows
 
 
-def _row(
-    errors: Tensor, exact: Tensor, labels: Tensor, whole: dict[str, Any] | None
+def row(
+    errors: Tensor, exact: Tensor, labels: Tensor, whole: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Of (2, N) errors; `whole`: the row of fp32, None for that itself."""
+    """Of (2, N) errors: `relative_error` to the `exact` ones by quantile, `auroc` of each score,
+    and how far it `moved` from `whole`, the row of fp32 (None for that itself)."""
     away = ((errors.double() - exact).abs() / exact).flatten()
     kinds = dict(zip(SCORES, (*errors, errors.mean(0)), strict=True))
-    row: dict[str, Any] = {
+    found: dict[str, Any] = {
         "relative_error": {str(q): _quantile(away, q) for q in QUANTILES},
         "auroc": {kind: metrics.auroc(values, labels) for kind, values in kinds.items()},
     }
     if whole is not None:
-        row["moved"] = {kind: row["auroc"][kind] - whole["auroc"][kind] for kind in SCORES}
-    return row
+        found["moved"] = {kind: found["auroc"][kind] - whole["auroc"][kind] for kind in SCORES}
+    return found
 
 
 def _quantile(values: Tensor, q: float) -> float:
@@ -148,24 +150,25 @@ def _quantile(values: Tensor, q: float) -> float:
     return float(values.sort().values[round(q * (len(values) - 1))])
 
 
-def _print(name: str, rows: dict[str, Any]) -> None:
+def print_rows(name: str, rows: dict[str, Any]) -> None:
+    """A line for each precision."""
     print(
         f"{name}: relative error against float64 (median, 99%, largest); AUROC in %, points moved"
     )
-    for precision, row in rows.items():
-        errors = ", ".join(f"{value:.1e}" for value in row["relative_error"].values())
-        areas = ", ".join(f"{kind} {100 * row['auroc'][kind]:.2f}" for kind in SCORES)
+    for precision, found in rows.items():
+        errors = ", ".join(f"{value:.1e}" for value in found["relative_error"].values())
+        areas = ", ".join(f"{kind} {100 * found['auroc'][kind]:.2f}" for kind in SCORES)
         text = f"  {precision}: {errors}; {areas}"
-        if "moved" in row:
-            moved = ", ".join(f"{100 * row['moved'][kind]:+.3f}" for kind in SCORES)
+        if "moved" in found:
+            moved = ", ".join(f"{100 * found['moved'][kind]:+.3f}" for kind in SCORES)
             text += f" ({moved})"
-        if "method" in row:
-            text += f"; {row['method']}"
-        if "normal_images" in row:
-            found = row["normal_images"]
+        if "method" in found:
+            text += f"; {found['method']}"
+        if "normal_images" in found:
+            images = found["normal_images"]
             text += "; held-out normal images: rank correlation "
-            text += f"{found['correlation']:.5f}, median difference {found['difference']:.1e}, "
-            text += f'{"" if found["close"] else "not "}near enough for precision="auto"'
+            text += f"{images['correlation']:.5f}, median difference {images['difference']:.1e}, "
+            text += f'{"" if images["close"] else "not "}near enough for precision="auto"'
         print(text, flush=True)
 
 
@@ -176,7 +179,7 @@ def _pretrained(options: argparse.Namespace) -> int:
     for name, load in PRETRAINED.items():
         model = fastalps.load_pretrained(name)
         results[name] = compare_pretrained(options.device, model, *load(options.root))
-        _print(name, results[name])
+        print_rows(name, results[name])
     if options.out is not None:
         write_json(options.out, result_record("precision", results, seed=None, device="cuda"))
     return 0
@@ -201,7 +204,7 @@ def _run(options: argparse.Namespace) -> int:
         fitted = fastalps.Trainer(config, progress=False).fit(model, train[order[:6000]])
         print(f"trained in {time.perf_counter() - begin:.0f} s; {len(images)} test images")
         results[name] = _compare(fitted.model, train, images, labels)
-        _print(name, results[name])
+        print_rows(name, results[name])
     if options.out is not None:
         record = result_record(
             "precision", results, seed=0, preset=options.preset, epochs=options.epochs
