@@ -384,7 +384,7 @@ def test_notices_a_wrong_tap(library, layer, rng):
 
 MUTATIONS = {
     # Means along rows are read before all of them are there.
-    "fused_decoder.cuh": (
+    "fused_residuals.cuh": (
         "  }\n  barrier();\n  float sum = 0.0f;\n  for (int pixel",
         "  }\n  float sum = 0.0f;\n  for (int pixel",
     ),

@@ -164,7 +164,7 @@ def _gradients_agree(
 @every_kernel
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_gradients(op: str, implementation: Implementation, rng: torch.Generator) -> None:
-    for arguments in sample_inputs(op, rng):
+    for arguments in _affordable(op, implementation, rng):
         if arguments[0].dtype == torch.uint8 or (op == "fold_scores" and arguments[-1]):
             continue  # pixels have no gradient; of tied maxima see below
         _gradients_agree(implementation, op, arguments, rng)

@@ -2,6 +2,7 @@
 #include "fused_decoder.cuh"
 #include "fused_encoder.cuh"
 #include "fused_expand.cuh"
+#include "fused_latent.cuh"
 
 namespace {
 
