@@ -1,12 +1,15 @@
 // Registers the fused scoring kernels with torch: the stable ABI only. The schema is defined in
 // fastalps/fused.py. Nothing here allocates or waits for the device, so a CUDA graph captures it.
 #include <cuda_runtime_api.h>
+#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <limits>
+#include <mutex>
 #include <optional>
+#include <vector>
 
 #include "arguments.h"
 #include "cuda/fused.h"
@@ -32,6 +35,33 @@ void check_buffer(const Tensor& tensor, ScalarType type, int64_t least, int32_t 
                   "fused_errors: ", name, " is not aligned to 16 bytes");
 }
 
+// Networks whose kernels were built at run time, by their libraries' functions; their shapes' numbers
+// begin here.
+constexpr int64_t kFirstLoaded = 1000;
+struct LoadedNetwork {
+  bool (*sizes)(cuda::FusedSizes*);
+  cudaError_t (*errors)(const cuda::FusedCall*, cudaStream_t);
+};
+std::mutex loaded_mutex;
+std::vector<LoadedNetwork> loaded_networks;
+
+LoadedNetwork loaded_network(int64_t shape) {
+  const std::lock_guard<std::mutex> lock(loaded_mutex);
+  const auto number = static_cast<size_t>(shape - kFirstLoaded);
+  return number < loaded_networks.size() ? loaded_networks[number] : LoadedNetwork{};
+}
+
+bool sizes_of(int64_t shape, cuda::FusedSizes* sizes) {
+  if (shape < kFirstLoaded) return cuda::fused_sizes(shape, sizes);
+  const LoadedNetwork network = loaded_network(shape);
+  return network.sizes != nullptr && network.sizes(sizes);
+}
+
+cudaError_t errors_of(const cuda::FusedCall& call, cudaStream_t stream) {
+  if (call.shape < kFirstLoaded) return cuda::fused_errors(call, stream);
+  return loaded_network(call.shape).errors(&call, stream);
+}
+
 // `scratch` (bytes): the maps and latents of `chunk` patches. With a background: `flags` (uint8, a
 // patch each) and `places` (int64: offsets of the tiles of flags, then pairs of frame and patch).
 void fused_errors(Tensor frames, MaybeTensor background, double threshold, Sizes stride, bool cover,
@@ -39,7 +69,7 @@ void fused_errors(Tensor frames, MaybeTensor background, double threshold, Sizes
                   double strength, int64_t smoothing, bool normal, bool perturbed, int64_t chunk,
                   Tensor scratch, MaybeTensor flags, MaybeTensor places, Tensor errors) {
   cuda::FusedSizes sizes{};
-  STD_TORCH_CHECK(cuda::fused_sizes(shape, &sizes), "fused_errors: there is no shape ", shape);
+  STD_TORCH_CHECK(sizes_of(shape, &sizes), "fused_errors: there is no shape ", shape);
   STD_TORCH_CHECK(
       frames.is_cuda() && frames.dim() == 3 &&
           (frames.scalar_type() == ScalarType::Byte || frames.scalar_type() == ScalarType::Float),
@@ -115,11 +145,31 @@ void fused_errors(Tensor frames, MaybeTensor background, double threshold, Sizes
     call.index = pairs;
     call.count = offsets + tiles;
   }
-  check_cuda(cuda::fused_errors(call, stream));
+  check_cuda(errors_of(call, stream));
 }
 
 }  // namespace
+
+// See fastalps_load_fused.
+int64_t load_fused(const char* path) {
+  void* const library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) return -1;
+  LoadedNetwork network{};
+  *reinterpret_cast<void**>(&network.sizes) = dlsym(library, "fastalps_fused_sizes");
+  *reinterpret_cast<void**>(&network.errors) = dlsym(library, "fastalps_fused_errors");
+  if (network.sizes == nullptr || network.errors == nullptr) return -1;
+  const std::lock_guard<std::mutex> lock(loaded_mutex);
+  loaded_networks.push_back(network);
+  return kFirstLoaded + static_cast<int64_t>(loaded_networks.size()) - 1;
+}
+
 }  // namespace fastalps
+
+// Loads what fastalps/fused_build.py built; called by it. Returns the number of the library's network
+// for `fused_errors`, or -1.
+extern "C" __attribute__((visibility("default"))) int64_t fastalps_load_fused(const char* path) {
+  return fastalps::load_fused(path);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastalps, CUDA, m) {
   m.impl("fused_errors", TORCH_BOX(&fastalps::fused_errors));

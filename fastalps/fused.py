@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastalps import backends, ops
+from fastalps import backends, fused_build, ops
 from fastalps.chunks import Plan
 from fastalps.fused_packing import SHAPES, pack_fused, shape_number, sizes
 from fastalps.inference import Cut, Passes
@@ -55,33 +55,48 @@ def why_not(config: ModelConfig, device: torch.device, precision: str) -> str:
         return f"the fused kernels run on CUDA devices, not on {device.type}"
     if precision != "bf16":
         return f"the fused kernels compute in bf16, not in {precision}"
-    if reason := _not_covered(config):
+    if reason := _not_covered(config, device):
         return reason
     native = backends.load_native("cuda")
     if not native.available:
         return native.reason
-    capability = torch.cuda.get_device_capability(device)
+    return _unsupported(torch.cuda.get_device_capability(device))
+
+
+def _unsupported(capability: tuple[int, int]) -> str:
     # 163 KiB of shared memory a block, which smaller chips of these generations lack.
-    if capability != (8, 0) and capability[0] not in (9, 10):
-        number = ".".join(map(str, capability))
-        return f"the fused kernels need compute capability 8.0, 9.x or 10.x, not {number}"
-    return ""
+    if capability == (8, 0) or capability[0] in (9, 10):
+        return ""
+    number = ".".join(map(str, capability))
+    return f"the fused kernels need compute capability 8.0, 9.x or 10.x, not {number}"
 
 
-def _not_covered(config: ModelConfig) -> str:
+def _not_covered(config: ModelConfig, device: torch.device) -> str:
     """What of a model the kernels do not have; empty if they have all."""
     if config.perturbation == "noise":
         return "the fused kernels draw no noise for a perturbation"
     if not 0 <= config.negative_slope <= 1:
         return f"the fused kernels need a negative_slope of 0 to 1, not {config.negative_slope}"
-    if shape_number(config) is None:
-        known = ", ".join(f"{preset} at {side} x {side}" for preset, side in SHAPES)
-        return (
-            f"the fused kernels are compiled for one channel and the widths of {known}, not for "
-            f"{config.preset} with latent {config.latent}, {config.channels} channel(s) and images "
-            f"of {config.image_size[0]} x {config.image_size[1]}"
-        )
-    return ""
+    shape = _shape(config, device)
+    return shape if isinstance(shape, str) else ""
+
+
+def _shape(config: ModelConfig, device: torch.device) -> int | str:
+    """The number of the compiled network of these widths, or why there is none."""
+    number = shape_number(config)
+    if number is not None:
+        return number
+    known = ", ".join(f"{preset} at {side} x {side}" for preset, side in SHAPES)
+    reason = (
+        f"the fused kernels are compiled for one channel and the widths of {known}, not for "
+        f"{config.preset} with latent {config.latent}, {config.channels} channel(s) and images of "
+        f"{config.image_size[0]} x {config.image_size[1]}"
+    )
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return reason
+    capability = torch.cuda.get_device_capability(device)
+    built = _unsupported(capability) or fused_build.shape_number(config, capability)
+    return built if isinstance(built, int) else f"{reason}: {built}"
 
 
 class FusedEngine:
@@ -102,9 +117,10 @@ class FusedEngine:
     def __init__(self, model: ALPS, device: torch.device) -> None:
         self.device = device
         self.config = model.config
-        shape = shape_number(model.config)
-        if shape is None or _not_covered(model.config):
-            raise ValueError(f"model: {_not_covered(model.config)}")
+        if reason := _not_covered(model.config, device):
+            raise ValueError(f"model: {reason}")
+        shape = _shape(model.config, device)
+        assert isinstance(shape, int)
         self.shape = shape
         self.weights, self.biases = (part.to(device) for part in pack_fused(model))
         count = torch.cuda.get_device_properties(device).multi_processor_count

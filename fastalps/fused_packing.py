@@ -91,7 +91,8 @@ def pack_fused(model: ALPS) -> PackedWeights:
     convolutions by `fastalps.rounding.round_taps`.
 
     Args:
-        model: of a shape that `shape_number` knows; without a distorter, its place holds zeros.
+        model: of widths that the kernels can have, see `fastalps.fused_build.reason_against`;
+            without a distorter, its place holds zeros.
 
     Returns:
         weights and biases on the CPU.

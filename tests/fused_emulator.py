@@ -6,6 +6,7 @@ import ctypes
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,13 +56,19 @@ class Counts(NamedTuple):
     load_cycles: int
 
 
-def build(folder: Path, include: Path | None = None, shape: int | None = None) -> ctypes.CDLL | str:
+def build(
+    folder: Path,
+    include: Path | None = None,
+    shape: int | None = None,
+    widths: Sequence[int] | None = None,
+) -> ctypes.CDLL | str:
     """The kernels as a host library, or why it cannot be built.
 
     Args:
         folder: where the library is put.
         include: a folder searched for the kernels' headers before csrc/cuda.
         shape: the only one to build; None = all.
+        widths: of a network to build in their place, at number 0; see `fused_build.arguments`.
     """
     if sys.platform != "linux":
         return "the emulator's fibers are written for Linux"
@@ -72,6 +79,7 @@ def build(folder: Path, include: Path | None = None, shape: int | None = None) -
     folders = [*([include] if include else []), ROOT / "csrc/cuda", ROOT / "tests/emulation"]
     command = [compiler, "-std=c++20", "-O2", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
     command += [] if shape is None else [f"-DFASTALPS_ONLY_SHAPE={shape}"]
+    command += [] if widths is None else [f"-DFASTALPS_FUSED_SHAPE={','.join(map(str, widths))}"]
     # Fibers jump between stacks, which the fortified longjmp takes for an error.
     command += ["-U_FORTIFY_SOURCE", *(f"-I{each}" for each in folders)]
     subprocess.run(
@@ -110,8 +118,8 @@ class Emulation:
         self.networks = 1 if passes == "normal" else 2
         self.chunk = self.total if chunk is None else chunk
         self.sizes: Sizes = sizes(config)
-        shape = shape_number(config)
-        assert shape is not None
+        # Other widths than the presets' have a library of their own.
+        shape = shape_number(config) or 0
         # Poisoned: what a kernel leaves out shows as NaN.
         self.maps = torch.full((self.chunk, self.sizes.maps), torch.nan, dtype=torch.bfloat16)
         self.latents = torch.full(

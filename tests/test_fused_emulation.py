@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastalps import ALPS, ops
+from fastalps import ALPS, fused_build, ops
 from fastalps.fused import FusedEngine
 from fastalps.fused_packing import SHAPES, PackedWeights, pack_fused, shape_number, sizes
 from fastalps.inference import fold_batch_norm
@@ -42,7 +42,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def make_model(shape: int, rng: torch.Generator, **options) -> ALPS:
     """A random network whose batch norms do something and whose logits spread."""
     preset, size = SHAPES[shape]
-    model = ALPS(size, 1, preset, **options).eval()
+    return randomized(ALPS(size, 1, preset, **options).eval(), rng)
+
+
+def randomized(model: ALPS, rng: torch.Generator) -> ALPS:
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             fan = module.weight[0].numel()
@@ -295,6 +298,35 @@ def test_each_kernel(library, shape, rng):
     torch.testing.assert_close(
         first.errors.double(), reference.errors(images), rtol=2e-3, atol=1e-6
     )
+
+
+# Widths that no preset has: uneven numbers of tiles, one pixel more or less, slices of M shared out
+# otherwise, two planes a step in D.
+OTHERS = {
+    "wide": {"image_size": 27, "encoder": (48, 32, 64), "decoder": (48, 64, 48, 32, 32, 24)},
+    "narrow": {"image_size": 25, "encoder": (16, 16, 64), "decoder": (16, 64, 16, 16, 8, 16)},
+    "latent": {"image_size": 29, "encoder": (16, 32, 64), "decoder": (32, 128, 32, 16, 16, 8)},
+}
+LATENTS = {"wide": 32, "narrow": 16, "latent": 128}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_widths(name, rng, tmp_path: Path):
+    """Networks as they are built at run time, with one tile a block and with two."""
+    model = ALPS(**OTHERS[name], latent=LATENTS[name], bound="norm", strength=0.5).eval()
+    assert not fused_build.reason_against(model.config) and shape_number(model.config) is None
+    randomized(model, rng)
+    built = fused_emulator.build(tmp_path, widths=fused_build.arguments(model.config))
+    if isinstance(built, str):
+        pytest.skip(built)
+    size = model.config.image_size[0]
+    frames = torch.randint(0, 256, (1, size + 11, size + 5), dtype=torch.uint8, generator=rng)
+    expected = Reference(model).errors(patches_of(frames, size, STRIDE))
+    run = Emulation(built, model, pack_fused(model), frames, STRIDE, blocks=2)
+    assert run.problem.shape == 0
+    torch.testing.assert_close(run.run_all().double(), expected, rtol=2e-3, atol=1e-6)
+    wide = Emulation(built, model, run.packed, frames, STRIDE, descending=True)
+    assert torch.equal(wide.run_all(wide=True), run.errors)
 
 
 @pytest.mark.parametrize("bound", ["none", "tanh", "norm"])

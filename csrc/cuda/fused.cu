@@ -218,3 +218,19 @@ cudaError_t fused_errors(const FusedCall& call, cudaStream_t stream) {
 }
 
 }  // namespace fastalps::cuda
+
+#if defined(FASTALPS_FUSED_SHAPE)
+// What csrc/bindings_fused.cpp finds in a library that was built at run time.
+#define FASTALPS_EXPORT extern "C" __attribute__((visibility("default")))
+
+FASTALPS_EXPORT bool fastalps_fused_sizes(fastalps::cuda::FusedSizes* sizes) {
+  return fastalps::cuda::fused_sizes(0, sizes);
+}
+
+FASTALPS_EXPORT cudaError_t fastalps_fused_errors(const fastalps::cuda::FusedCall* call,
+                                                  cudaStream_t stream) {
+  fastalps::cuda::FusedCall mine = *call;
+  mine.shape = 0;
+  return fastalps::cuda::fused_errors(mine, stream);
+}
+#endif

@@ -134,9 +134,12 @@ FASTALPS_DEVICE void fourth_rows(const Lane& lane, const unsigned char* map, con
       for (int odd = 0; odd < 2; ++odd) {
         const int kind = 2 * odd + phase % 2;  // The column is four times the group more.
         const uint32_t pair = leaky_pair(mine[2 * odd], mine[2 * odd + 1], slope);
-        const int cell = S::fourth_cell(2 * (first_row + done) + phase / 2, kind) + lane.group;
-        if (4 * lane.group + kind < S::kSize)
+        const int y = 2 * (first_row + done) + phase / 2;
+        const int cell = S::fourth_cell(y, kind) + lane.group;
+        // An odd size has no last row of the lower phase.
+        if (4 * lane.group + kind < S::kSize && (S::kSize % 2 == 0 || y < S::kSize)) {
           put(output + Out::chunk(column, cell) + 4 * lane.quad, pair);
+        }
       }
     }
   }

@@ -181,11 +181,11 @@ struct LatentShape {
   static_assert(kGroups * kSlices == kWarps && kThird / kTileTerms % kSlices == 0);
 
   // Shared memory: staged rows (later the slices' sums), the tiles' hidden maps.
-  static constexpr int kStagedBytes = StagedMap::bytes(kStagedRows * kSide * kTileRows);
-  static constexpr int kHiddenAt = kStagedBytes;
+  static constexpr int kRowBytes = StagedMap::bytes(kStagedRows * kSide * kTileRows);
+  static constexpr int kPartBytes = kSlices * kPatches * kLatent * 4;
+  static constexpr int kHiddenAt = kRowBytes > kPartBytes ? kRowBytes : kPartBytes;
   static constexpr int kHiddenBytes = HiddenMap::bytes(kHalf * kHalf * kTileRows);  // Of a tile.
   static constexpr int kSharedBytes = kHiddenAt + kTiles * kHiddenBytes;
-  static_assert(kSlices * kPatches * kLatent * 4 <= kStagedBytes);
 };
 
 // Second half of kernel M: the perturbation, the dense layer and the first two transposed
@@ -366,10 +366,8 @@ struct Shape {
   static constexpr int kMostShared = 163 * 1024;
   static_assert(Encode::kSharedBytes <= kMostShared && Latent::kSharedBytes <= kMostShared);
   static_assert(Expand::kSharedBytes <= kMostShared && Decode::kSharedBytes <= kMostShared);
-  // What those of 9.x and 10.0 give: enough for two tiles.
-  static constexpr int kMostOfHopper = 227 * 1024;
-  static_assert(LatentOf<2>::kSharedBytes <= kMostOfHopper);
-  static_assert(ExpandOf<2>::kSharedBytes <= kMostOfHopper);
+  // Those of 9.x and 10.0 give 227 KiB, which is enough for two tiles of these networks; where it is
+  // not, M takes one.
 };
 
 // The shipped presets, by the numbers that fastalps/fused.py gives them.
@@ -384,6 +382,13 @@ template <int64_t kNumber>
 using Number = std::integral_constant<int64_t, kNumber>;
 
 // Calls body(Number{}, Shape{}) for the shape of that number; returns whether there is one.
+#if defined(FASTALPS_FUSED_SHAPE)
+// Of a library that was built at run time, there is one: see fastalps/fused_build.py.
+template <typename Body>
+bool with_numbered_shape(int64_t number, Body&& body) {
+  return number == 0 && (body(Number<0>{}, Shape<FASTALPS_FUSED_SHAPE>{}), true);
+}
+#else
 template <typename Body>
 bool with_numbered_shape(int64_t number, Body&& body) {
   switch (number) {
@@ -403,6 +408,7 @@ bool with_numbered_shape(int64_t number, Body&& body) {
       return false;
   }
 }
+#endif
 
 // The same without the number: body(Shape{}).
 template <typename Body>

@@ -202,6 +202,7 @@ FASTALPS_DEVICE void start_joint(const Lane& lane, const float* biases,
 template <int kAcross>
 FASTALPS_DEVICE void put_joint(unsigned char* pixel, const Lane& lane, int lower, float slope,
                                bool stored, const float (&sums)[kAcross][4]) {
+  static_assert(kAcross == 1 || kAcross == 2 || kAcross == 4, "no store of so many bytes");
   uint32_t pairs[kAcross];
 #pragma unroll
   for (int across = 0; across < kAcross; ++across) {
