@@ -22,9 +22,6 @@ from fastalps import backends
 from fastalps.errors import UserError
 from fastalps.models import ModelConfig
 
-# "1": a scorer builds what it needs; else it takes what was built before.
-BUILD = "FASTALPS_FUSED_BUILD"
-CACHE = "FASTALPS_CACHE"
 # What the kernels are made of, and the header that says what a call is.
 SOURCES = ("cuda/fused*", "cuda/device.h", "cuda/launchers.h")
 SECONDS = 900
@@ -84,7 +81,7 @@ def arguments(config: ModelConfig) -> tuple[int, ...]:
 
 def folder() -> Path:
     """Where libraries are kept: $FASTALPS_CACHE, else fastalps in the user's folder of caches."""
-    if chosen := os.environ.get(CACHE):
+    if chosen := os.environ.get("FASTALPS_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastalps"
 
@@ -183,7 +180,7 @@ def _atomic(place: Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(suffix=".part", dir=place.parent)
     except OSError as failure:
         raise UserError(
-            f"cannot write {place.parent}: {failure.strerror}; set {CACHE} to another folder"
+            f"cannot write {place.parent}: {failure.strerror}; set FASTALPS_CACHE to another folder"
         ) from failure
     os.close(handle)
     try:
@@ -215,12 +212,12 @@ def shape_number(config: ModelConfig, capability: tuple[int, int]) -> int | str:
         return native.reason
     place = place_of(config, capability)
     try:
-        if os.environ.get(BUILD) == "1":
+        if os.environ.get("FASTALPS_FUSED_BUILD") == "1":
             place = build(config, capability)
         elif place is None or not place.exists():
             return (
-                f"the fused kernels were not built for this network's widths; set {BUILD}=1 to let "
-                "nvcc build them once, which takes some seconds"
+                "the fused kernels were not built for this network's widths; set "
+                "FASTALPS_FUSED_BUILD=1 to let nvcc build them once, which takes some seconds"
             )
     except UserError as failure:
         return str(failure)

@@ -29,8 +29,8 @@ def config() -> ModelConfig:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(fused_build.CACHE, str(tmp_path / "cache"))
-    monkeypatch.delenv(fused_build.BUILD, raising=False)
+    monkeypatch.setenv("FASTALPS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("FASTALPS_FUSED_BUILD", raising=False)
     return tmp_path / "cache"
 
 
@@ -144,9 +144,9 @@ def test_what_a_scorer_is_told(config, fake, monkeypatch: pytest.MonkeyPatch) ->
     )
     reason = fused_build.shape_number(config, HOPPER)
     assert "set FASTALPS_FUSED_BUILD=1" in str(reason) and not calls.exists()
-    monkeypatch.setenv(fused_build.BUILD, "1")
+    monkeypatch.setenv("FASTALPS_FUSED_BUILD", "1")
     assert fused_build.shape_number(config, HOPPER) == 1000 and calls.exists()
-    monkeypatch.delenv(fused_build.BUILD)
+    monkeypatch.delenv("FASTALPS_FUSED_BUILD")
     assert fused_build.shape_number(config, HOPPER) == 1000
     place = fused_build.place_of(config, HOPPER)
     assert place is not None
@@ -191,7 +191,7 @@ def test_scores_on_a_gpu(config, rng, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("no CUDA device is available")
     if fused_build.compiler() is None:
         pytest.skip("nvcc was not found")
-    monkeypatch.setenv(fused_build.BUILD, "1")
+    monkeypatch.setenv("FASTALPS_FUSED_BUILD", "1")
     device = torch.device("cuda")
     if reason := fused.why_not(config, device, "bf16"):
         pytest.skip(reason)
