@@ -35,8 +35,8 @@ void check_buffer(const Tensor& tensor, ScalarType type, int64_t least, int32_t 
                   "fused_errors: ", name, " is not aligned to 16 bytes");
 }
 
-// Networks whose kernels were built at run time, by their libraries' functions; their shapes' numbers
-// begin here.
+// Networks whose kernels were built at run time, by their libraries' functions; their shapes'
+// numbers begin here.
 constexpr int64_t kFirstLoaded = 1000;
 struct LoadedNetwork {
   bool (*sizes)(cuda::FusedSizes*);
@@ -165,8 +165,8 @@ int64_t load_fused(const char* path) {
 
 }  // namespace fastalps
 
-// Loads what fastalps/fused_build.py built; called by it. Returns the number of the library's network
-// for `fused_errors`, or -1.
+// Loads what fastalps/fused_build.py built; called by it. Returns the number of the library's
+// network for `fused_errors`, or -1.
 extern "C" __attribute__((visibility("default"))) int64_t fastalps_load_fused(const char* path) {
   return fastalps::load_fused(path);
 }

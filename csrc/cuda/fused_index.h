@@ -366,8 +366,8 @@ struct Shape {
   static constexpr int kMostShared = 163 * 1024;
   static_assert(Encode::kSharedBytes <= kMostShared && Latent::kSharedBytes <= kMostShared);
   static_assert(Expand::kSharedBytes <= kMostShared && Decode::kSharedBytes <= kMostShared);
-  // Those of 9.x and 10.0 give 227 KiB, which is enough for two tiles of these networks; where it is
-  // not, M takes one.
+  // Those of 9.x and 10.0 give 227 KiB, which is enough for two tiles of these networks; where it
+  // is not, M takes one.
 };
 
 // The shipped presets, by the numbers that fastalps/fused.py gives them.
