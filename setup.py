@@ -57,6 +57,32 @@ AMX = {
 # For processors with AVX2, in the place of the wide instructions.
 EMULATED = ["-mavx2", "-mfma", "-include", str(ROOT / "tests/emulation/avx512.h")]
 
+# Makes a library raise an error; prints "tried", and then "passed" unless that error did not come
+# whole. A library that does not load here may be for another machine: nothing is said against it.
+RAISE_ERROR = """
+import sys
+import torch
+path, key, end = sys.argv[1:]
+library = torch.library.Library("fastalps", "DEF")
+library.define("per_sample_mse(Tensor reconstruction, Tensor target) -> Tensor")
+call = torch.ops.fastalps.per_sample_mse.default.redispatch
+keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+print("tried", flush=True)
+try:
+    torch.ops.load_library(path)
+    call(keys, torch.zeros(3), torch.zeros(2))
+except OSError:
+    print("passed")
+except Exception as error:
+    print("passed" if end in str(error) else "")
+"""
+# What that error says in the end (csrc/arguments.h, csrc/bindings_cuda.cpp), by library and key.
+# CUDA kernels check their tensors before they need a device.
+ERROR_ENDS = {
+    "fastalps_cpu": ("CPU", "expected (S * N, ...) and (N, ...)"),
+    "fastalps_cuda": ("CUDA", "expected every tensor on the same CUDA device"),
+}
+
 
 class BuildFailure(Exception):
     """A library cannot be built; the text says why in one line."""
@@ -277,6 +303,30 @@ def build_cuda(report: bool = False) -> Path:
     return plan.run([host, *shared_flags(libraries, "cuda"), *runtime])
 
 
+def check_errors(library: Path) -> None:
+    """Refuses a library whose errors do not reach Python, though it loads and computes rightly: a
+    second C++ runtime, linked into it, cannot unwind through PyTorch's. Takes a second or two."""
+    if SANITIZE:  # Loads only where the sanitizers' runtime was loaded before Python.
+        return
+    command = [sys.executable, "-c", RAISE_ERROR, str(library), *ERROR_ENDS[library.stem]]
+    # In the build folder, where a core file is in nobody's way.
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        errors="replace",  # What a dying process prints may be no text.
+        check=False,
+        cwd=library.parent,
+    )
+    if "tried" in done.stdout and "passed" not in done.stdout:
+        print(done.stderr, file=sys.stderr)
+        raise BuildFailure(
+            "errors of the library end the process, or lose their text, instead of being raised: "
+            f"{cxx()} links a C++ runtime that is not PyTorch's (set CXX to the system's "
+            "compiler, such as /usr/bin/g++)"
+        )
+
+
 def cuda_declined() -> str | None:
     """Why the CUDA library is not even tried, or None."""
     wish = os.environ.get("FASTALPS_CUDA", "")
@@ -313,6 +363,7 @@ class BuildNative(build_ext):
     def place(self, folder: Path, name: str, build, required: bool) -> None:
         try:
             built = build()
+            check_errors(built)
         except BuildFailure as failure:
             if required:
                 sys.exit(f"fastalps: FASTALPS_CUDA=1, but {failure}")
