@@ -21,8 +21,9 @@ FASTALPS_DEVICE void fetch_input(const Work& work, int row, unsigned char* input
   }
 }
 
-// The third layer: kThirdDown tiles of two rows of anchors, one column. A transposed convolution
-// (see `tap_phase`) makes of the four inputs at and after each anchor its four phases of results.
+// The third layer: kThirdDown tiles, one column. A transposed convolution (see `tap_phase`) makes
+// of the four inputs at and after each anchor its four phases of results. A tile has two rows of
+// anchors, kThirdDown apart: so the inputs below it are those of the next tile.
 template <class S>
 FASTALPS_DEVICE void third_rows(const Lane& lane, const unsigned char* input, const uint2* weights,
                                 const float* biases, float slope, int first_row, int column,
@@ -31,28 +32,29 @@ FASTALPS_DEVICE void third_rows(const Lane& lane, const unsigned char* input, co
   using Out = typename S::ThirdMap;
   constexpr int kDown = S::kThirdDown, kSteps = S::kInputs / kTileTerms;
   const unsigned char* const corner =
-      input + In::chunk(lane.half, (first_row + lane.row / 8) * S::kInputPitch + lane.row % 8);
+      input +
+      In::chunk(lane.half, (first_row + lane.row / 8 * kDown) * S::kInputPitch + lane.row % 8);
   const Biases<1> bias(lane, biases, column);
   float sums[kDown][4][1][4];
 #pragma unroll
   for (int i = 0; i < 4 * kDown; ++i) start_sums(sums[i / 4][i % 4], bias);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    Operand a[kDown][4];
+    Operand a[kDown + 1][2];
 #pragma unroll
-    for (int i = 0; i < 4 * kDown; ++i) {
-      const int row = i / 4 * 2 + i % 4 / 2, distance = i % 2;
-      a[i / 4][i % 4] = load_operand(corner + In::chunk(2 * step, row * S::kInputPitch + distance));
+    for (int i = 0; i < 2 * (kDown + 1); ++i) {
+      const int cell = i / 2 * S::kInputPitch + i % 2;
+      a[i / 2][i % 2] = load_operand(corner + In::chunk(2 * step, cell));
     }
     const uint2* const first = weights + (step * S::kThirdColumns + column) * kLanes + lane.index;
 #pragma unroll
     for (int tap = 0; tap < 9; ++tap) {
       const uint2 b = first[tap * kSteps * S::kThirdColumns * kLanes];
       const int phase = 2 * tap_phase(tap / 3) + tap_phase(tap % 3);
-      const int neighbour = 2 * tap_neighbour(tap / 3) + tap_neighbour(tap % 3);
+      const int below = tap_neighbour(tap / 3), right = tap_neighbour(tap % 3);
 #pragma unroll
       for (int down = 0; down < kDown; ++down) {
-        multiply_add(sums[down][phase][0], a[down][neighbour], b);
+        multiply_add(sums[down][phase][0], a[down + below][right], b);
       }
     }
   }
@@ -61,7 +63,7 @@ FASTALPS_DEVICE void third_rows(const Lane& lane, const unsigned char* input, co
 #pragma unroll
     for (int phase = 0; phase < 4; ++phase) {
       const int y = 2 * (first_row + row) + phase / 2, x = 2 * lane.group + phase % 2;
-      const float* const mine = sums[row / 2][phase][0] + 2 * (row % 2);
+      const float* const mine = sums[row % kDown][phase][0] + 2 * (row / kDown);
       const uint32_t pair = leaky_pair(mine[0], mine[1], slope);
       put(output + Out::chunk(column, S::third_cell(y, x)) + 4 * lane.quad,
           y < S::kHalf && x < S::kHalf ? pair : 0);
@@ -70,7 +72,8 @@ FASTALPS_DEVICE void third_rows(const Lane& lane, const unsigned char* input, co
 }
 
 // The fourth layer: a share of the rows of anchors, one column. A tile is a row: its even anchors,
-// then its odd ones. A row of inputs serves the anchors above it and those in it.
+// then its odd ones. A row of inputs serves the anchors above it and those in it. Shares that are
+// not full compute a row more, which is not stored: a branch would have to wait for the sums.
 template <class S>
 FASTALPS_DEVICE void fourth_rows(const Lane& lane, const unsigned char* map, const uint2* weights,
                                  const float* biases, float slope, int part, int column,
@@ -101,15 +104,12 @@ FASTALPS_DEVICE void fourth_rows(const Lane& lane, const unsigned char* map, con
 #pragma unroll
   for (int row = 0; row <= kMost; ++row) {
     bool fresh[4] = {true, true, true, true};  // This row's phases have no sums yet.
-    if (row == kMost && !full) break;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const Operand a[2] = {next[0], next[1]};
       // The next step's, if there is one.
       const int following = row * kSteps + step + 1;
-      if (following < kMost * kSteps || (following < (kMost + 1) * kSteps && full)) {
-        load(following / kSteps, following % kSteps);
-      }
+      if (following < (kMost + 1) * kSteps) load(following / kSteps, following % kSteps);
 #pragma unroll
       for (int tap = 0; tap < 9; ++tap) {
         const int anchor = row - tap_neighbour(tap / 3);
@@ -137,7 +137,8 @@ FASTALPS_DEVICE void fourth_rows(const Lane& lane, const unsigned char* map, con
         const int y = 2 * (first_row + done) + phase / 2;
         const int cell = S::fourth_cell(y, kind) + lane.group;
         // An odd size has no last row of the lower phase.
-        if (4 * lane.group + kind < S::kSize && (S::kSize % 2 == 0 || y < S::kSize)) {
+        if (4 * lane.group + kind < S::kSize && (S::kSize % 2 == 0 || y < S::kSize) &&
+            (done + 1 < kMost || full)) {
           put(output + Out::chunk(column, cell) + 4 * lane.quad, pair);
         }
       }
@@ -158,7 +159,8 @@ FASTALPS_DEVICE void put_products(const Lane& lane, float* place, const float (&
 
 // The last two layers, of stride 1: a share of the rows, the columns of one side. A row of inputs
 // serves the three rows of results around it, and a row of the fifth layer's results, which are
-// operands as they stand, the three rows of products around it.
+// operands as they stand, the three rows of products around it. Shares that are not full have a
+// last row of zeros in their place, whatever the inputs behind theirs are.
 template <class S>
 FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const uint2* weights,
                                const uint2* last_weights, const float* biases, float slope,
@@ -205,8 +207,7 @@ FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const
     Operand a[kSteps];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) a[step] = next[step];
-    // Behind a share that is not full there may be none.
-    if (row < kMost || (row == kMost && full)) load(row + 1);
+    if (row + 1 < kMost + 2) load(row + 1);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
@@ -233,7 +234,7 @@ FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int across = 2 * step + i / 2;
-        a.word[i] = across >= kAcross
+        a.word[i] = across >= kAcross || (done + 1 == kMost && !full)
                         ? 0
                         : leaky_pair(mine[across][i % 2 * 2], mine[across][i % 2 * 2 + 1], slope);
       }
@@ -246,14 +247,14 @@ FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const
       multiply_add(above, a, last[2][step]);
     }
     put_products<S>(lane, strip + done * S::kProductPitch, above);
-    if (done + 1 == kMost || (done + 2 == kMost && !full)) break;
+    if (done + 1 == kMost) break;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       above[i] = here[i];
       here[i] = below[i];
     }
   }
-  float* const end = strip + S::FifthShares::rows(part) * S::kProductPitch;
+  float* const end = strip + kMost * S::kProductPitch;
   put_products<S>(lane, end, here);
   put_products<S>(lane, end + S::kProductPitch, below);
 }

@@ -65,7 +65,8 @@ FASTALPS_DEVICE void first_convolution(const Lane& lane, const uint16_t* image,
 }
 
 // The second convolution of one network: tiles of two rows of 8 outputs, whose last column may be
-// none. `weights` and `biases` begin at the first of the columns.
+// none. The rows are kTilesDown apart: so the inputs below a tile's are those above the next one's.
+// `weights` and `biases` begin at the first of the columns.
 template <class S>
 FASTALPS_DEVICE void second_convolution(const Lane& lane, const unsigned char* map,
                                         const uint2* weights, const float* biases, float slope,
@@ -73,26 +74,29 @@ FASTALPS_DEVICE void second_convolution(const Lane& lane, const unsigned char* m
   using In = typename S::FirstMap;
   constexpr int kAcross = S::kTilesAcross, kDown = S::kTilesDown;
   constexpr int kSteps = S::kFirst / kTileTerms, kColumns = S::kSecond / kTileColumns;
-  const int first_row = 2 * first_tile + lane.row / 8;
+  const int first_row = 2 * first_tile + lane.row / 8 * kDown;
   const unsigned char* const corner =
       map + In::chunk(lane.half, 2 * first_row * S::kRow + lane.row % 8);
   float sums[kDown][kAcross][4];
   start_joint(lane, biases, sums);
 #pragma unroll
-  for (int tap = 0; tap < 9; ++tap) {
+  for (int i = 0; i < 3 * kSteps; ++i) {
+    const int tap_column = i / kSteps, step = i % kSteps;
+    Operand a[2 * kDown + 1];
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      Operand a[kDown];
+    for (int row = 0; row < 2 * kDown + 1; ++row) {
+      a[row] = load_operand(corner + In::chunk(2 * step, S::tap_cell(tap_column) + row * S::kRow));
+    }
 #pragma unroll
-      for (int down = 0; down < kDown; ++down) {
-        // A tile further down is two rows of outputs, so four of inputs.
-        a[down] = load_operand(corner + In::chunk(2 * step, S::tap_cell(tap) + down * 4 * S::kRow));
-      }
+    for (int tap_row = 0; tap_row < 3; ++tap_row) {
+      const int terms = (3 * tap_row + tap_column) * kSteps + step;
 #pragma unroll
       for (int across = 0; across < kAcross; ++across) {
-        const uint2 b = weights[((tap * kSteps + step) * kColumns + across) * kLanes + lane.index];
+        const uint2 b = weights[(terms * kColumns + across) * kLanes + lane.index];
 #pragma unroll
-        for (int down = 0; down < kDown; ++down) multiply_add(sums[down][across], a[down], b);
+        for (int down = 0; down < kDown; ++down) {
+          multiply_add(sums[down][across], a[2 * down + tap_row], b);
+        }
       }
     }
   }
@@ -100,7 +104,7 @@ FASTALPS_DEVICE void second_convolution(const Lane& lane, const unsigned char* m
   for (int down = 0; down < kDown; ++down) {
 #pragma unroll
     for (int lower = 0; lower < 2; ++lower) {
-      const int row = 2 * (first_tile + down) + lower;
+      const int row = 2 * first_tile + down + kDown * lower;
       put_joint(output + ((row * S::kQuarter + lane.group) * S::kSecond) * 2, lane, lower, slope,
                 row < S::kQuarter && lane.group < S::kQuarter, sums[down]);
     }

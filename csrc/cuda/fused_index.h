@@ -152,6 +152,20 @@ struct EncodeShape {
   static constexpr int kSharedBytes = align_up(kImageAt + kBordered * kBordered * 2, kChunkBytes);
 };
 
+// A convolution of stride 2 and padding 1 on pixels that are whole tiles of patches, as a warp does
+// it: kRows_ rows of kCells_ results of kTiles_ tiles, kAcross_ columns of 8 outputs. Terms come in
+// kSteps_ steps, and kDepth_ of them at a time from L2.
+template <int kTiles_, int kTileBytes_, int kRows_, int kCells_, int kSide_, int kPixelBytes_,
+          int kSteps_, int kAcross_, int kDepth_>
+struct Strided {
+  static constexpr int kTiles = kTiles_, kTileBytes = kTileBytes_;
+  static constexpr int kRows = kRows_, kCells = kCells_;
+  static constexpr int kSide = kSide_, kPixelBytes = kPixelBytes_;  // Of the inputs.
+  static constexpr int kSteps = kSteps_, kAcross = kAcross_, kDepth = kDepth_;
+  static_assert(kSteps % kDepth == 0 && (kSide == 2 * kCells || kSide == 2 * kCells - 1));
+  using Sums = float[kRows][kTiles][kCells][kAcross][4];
+};
+
 // First half of kernel M: the third and fourth convolutions of one network, their pooling. A tile's
 // 16 rows are patches, all at the same pixel, so that a tap is outside for all or none. A block has
 // kTiles of them: as many patches meet a weight of the fourth convolution that was read from L2.
@@ -171,14 +185,23 @@ struct LatentShape {
 
   // Two rows of results a band, for which five rows of inputs are staged, of one tile at a time.
   static constexpr int kBands = 2, kBandRows = kHalf / kBands, kStagedRows = 2 * kBandRows + 1;
-  static constexpr int kThirdAcross = kThird / kTileColumns / kWarps;
-  static_assert(kThirdAcross * kTileColumns * kWarps == kThird);
+  // Warps share out a band's rows and the columns.
+  static constexpr int kThirdGroups = kWarps / kBandRows;
+  static constexpr int kThirdAcross = kThird / kTileColumns / kThirdGroups;
+  static_assert(kThirdAcross * kTileColumns * kThirdGroups == kThird);
   // Warps share out the latent's columns, and, where those are few, also the terms of their sums.
   static constexpr int kColumns = kLatent / kTileColumns;
   static constexpr int kFourthAcross = kColumns >= kWarps ? kColumns / kWarps : 1;
   static constexpr int kGroups = kColumns / kFourthAcross;
   static constexpr int kSlices = kWarps / kGroups;
   static_assert(kGroups * kSlices == kWarps && kThird / kTileTerms % kSlices == 0);
+
+  static constexpr int kThirdSteps = kSecond / kTileTerms;
+  using ThirdConvolution = Strided<1, 0, 1, kHalf, kSide, StagedMap::bytes(kTileRows), kThirdSteps,
+                                   kThirdAcross, kThirdSteps % 4 == 0 && kThirdAcross <= 4 ? 2 : 1>;
+  using FourthConvolution =
+      Strided<kTiles, HiddenMap::bytes(kHalf * kHalf * kTileRows), kQuarter, kQuarter, kHalf,
+              HiddenMap::bytes(kTileRows), kThird / kTileTerms / kSlices, kFourthAcross, 1>;
 
   // Shared memory: staged rows (later the slices' sums), the tiles' hidden maps.
   static constexpr int kRowBytes = StagedMap::bytes(kStagedRows * kSide * kTileRows);
