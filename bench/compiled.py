@@ -36,14 +36,19 @@ def violations(rows: Iterable[Row]) -> Iterator[str]:
             continue
         # A double takes two registers, and twice the bytes.
         double = 2 if "float64" in row.variant or "fp64" in row.variant else 1
-        for what, found, most in (
-            ("registers", row.registers, limit["registers"] * double),
-            ("bytes of shared memory", row.shared, limit["shared"] * double),
-            ("bytes of spills", row.spills, limit.get("spills", 0)),
-            ("bytes of stack", row.stack, limit.get("spills", 0)),
+        # An architecture may have a limit of its own.
+        most = {
+            key: limit.get(f"{key} {row.architecture}", limit.get(key, 0))
+            for key in ("registers", "shared", "spills")
+        }
+        for what, found, limited in (
+            ("registers", row.registers, most["registers"] * double),
+            ("bytes of shared memory", row.shared, most["shared"] * double),
+            ("bytes of spills", row.spills, most["spills"]),
+            ("bytes of stack", row.stack, most["spills"]),
         ):
-            if found > most:
-                yield f"{name}: {found} {what}, the limit is {most}"
+            if found > limited:
+                yield f"{name}: {found} {what}, the limit is {limited}"
 
 
 def missing(rows: Iterable[Row], source: str, architectures: Iterable[str]) -> Iterator[str]:

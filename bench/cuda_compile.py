@@ -135,14 +135,16 @@ SHARED_PROGRAM = """
 #include <cstdio>
 #include "fused_index.h"
 int main() {
-  int most[6] = {};
+  int most[8] = {};
   for (int64_t shape = 0; fastalps::cuda::fused::with_shape(shape, [&](auto named) {
          using S = decltype(named);
          const int bytes[] = {S::Encode::kSharedBytes, S::Latent::kSharedBytes,
-                              S::Expand::kSharedBytes, S::Decode::kSharedBytes,
+                              S::Dense::kSharedBytes, S::Expand::kSharedBytes,
+                              S::Decode::kSharedBytes,
                               S::template LatentOf<2>::kSharedBytes,
+                              S::template DenseOf<4>::kSharedBytes,
                               S::template ExpandOf<2>::kSharedBytes};
-         for (int i = 0; i < 6; ++i) most[i] = std::max(most[i], bytes[i]);
+         for (int i = 0; i < 8; ++i) most[i] = std::max(most[i], bytes[i]);
        });
        ++shape) {
   }
@@ -160,11 +162,13 @@ def fused_shared(folder: Path) -> dict[tuple[str, str], int]:
     command = [build_module().cxx(), "-std=c++20", include, str(source), "-o", str(program)]
     subprocess.run(command, check=True)
     said = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
-    *narrow, latent, expand = map(int, said.split())
+    *narrow, latent, dense, expand = map(int, said.split())
     found = {}
     for architecture in ARCHITECTURES:
-        most = narrow if architecture == "sm_80" else [narrow[0], latent, expand, narrow[3]]
-        for name, shared in zip(("encode", "latent", "expand", "decode"), most, strict=True):
+        wide = [narrow[0], latent, dense, expand, narrow[4]]
+        most = [*narrow[:2], dense, *narrow[3:]] if architecture == "sm_80" else wide
+        names = ("encode", "latent", "dense", "expand", "decode")
+        for name, shared in zip(names, most, strict=True):
             found[f"fused_{name}_kernel", architecture] = shared
     return found
 

@@ -41,13 +41,14 @@ PATCH = 30
 CUT = ((PATCH, PATCH), (PATCH, PATCH), "cover")
 PATCHES = 96
 # Launches of a chunk, and chunks before the one whose counters are read.
-LAUNCHES, SKIPPED = 4, 2
+LAUNCHES, SKIPPED = 5, 2
 NCU_SECONDS = 180
 # Set for the run under ncu: a few chunks, nothing else.
 ONLY = "FASTALPS_PROFILE_ONLY"
 KERNELS = {
     "fused_encode_kernel": "E",
     "fused_latent_kernel": "M, first half",
+    "fused_dense_kernel": "M, dense layer",
     "fused_expand_kernel": "M, second half",
     "fused_decode_kernel": "D",
 }

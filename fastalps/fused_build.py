@@ -65,6 +65,11 @@ def reason_against(config: ModelConfig) -> str:
         if width not in choices:
             known = f"{', '.join(map(str, choices[:-1]))} or {choices[-1]}"
             return f"the fused kernels need {known} as the {name}'s {place} width, not {width}"
+    if config.decoder[0] > 12 * config.decoder[2]:
+        return (
+            f"the fused kernels need a first width of the decoder of at most 12 times its third, "
+            f"not {config.decoder[0]} and {config.decoder[2]}"
+        )
     groups = max(1, min(8, config.latent // 8))
     if 8 % groups or config.encoder[2] // 16 % (8 // groups):
         return (

@@ -125,7 +125,7 @@ def pack_fused(model: ALPS) -> PackedWeights:
         value.unflatten(0, (start, cells)).transpose(0, 1).flatten(0, 1)
         for value in (decoder.dense.weight, decoder.dense.bias)
     )
-    matrices.append(dense.T)
+    matrices.append(_joint(dense.T, 4))
     biases.append(bias)
     transposed = [layer for layer in decoder.layers if isinstance(layer, nn.ConvTranspose2d)]
     for layer in transposed:

@@ -19,9 +19,9 @@ from fastalps.inference import Passes
 from fastalps.models import ALPS
 
 ROOT = Path(__file__).parents[1]
-KERNELS = ("encode", "latent", "expand", "decode")
-# As launches that fill a device have them: two tiles a block.
-WIDE = ("latent, wide", "expand, wide")
+KERNELS = ("encode", "latent", "dense", "expand", "decode")
+# As launches that fill a device have them: more tiles a block.
+WIDE = ("latent, wide", "dense, wide", "expand, wide")
 BOUNDS = {"none": 0, "tanh": 1, "norm": 2}
 
 
@@ -91,7 +91,7 @@ def build(
 
 
 class Emulation:
-    """The four kernels over the patches of some frames, with their scratch memory at hand."""
+    """The five kernels over the patches of some frames, with their scratch memory at hand."""
 
     def __init__(
         self,
@@ -171,9 +171,9 @@ class Emulation:
 
     def run_all(self, wide: bool = False) -> Tensor:
         """Every kernel over every chunk: errors (passes, total)."""
-        middle = WIDE if wide else KERNELS[1:3]
+        middle = WIDE if wide else KERNELS[1:4]
         for begin in range(0, self.total, self.chunk):
             self.problem.begin = begin
-            for kernel in (KERNELS[0], *middle, KERNELS[3]):
+            for kernel in (KERNELS[0], *middle, KERNELS[4]):
                 self.run(kernel)
         return self.errors

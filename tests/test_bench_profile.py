@@ -73,7 +73,7 @@ def test_counters_of_the_third_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_profile.subprocess, "run", _fake_run(done, commands))
     assert fused_profile.counters("fast", 96, "ncu") == PARSED
     (command,) = commands
-    assert command[command.index("--launch-skip") + 1] == "8"
+    assert command[command.index("--launch-skip") + 1] == "10"
     assert command[-4:] == ["--preset", "fast", "--chunk", "96"]
 
 

@@ -76,7 +76,7 @@ def test_fused_kernels_use_tensor_cores(library: Path) -> None:
     names = {name for name in LIMITS["cuda"] if name.startswith("fused_")}
     assert found == {(name, architecture) for name in names for architecture in ARCHITECTURES}
     for key, counts in mix.items():
-        assert counts.get("HMMA", 0) >= 8 and counts.get("LDSM", 0) >= 2, (key, counts)
+        assert counts.get("HMMA", 0) >= 4 and counts.get("LDSM", 0) >= 1, (key, counts)
         if "spills" not in LIMITS["cuda"][kernel_name(key[0])]:
             assert "LDL" not in counts and "STL" not in counts, (key, counts)
 

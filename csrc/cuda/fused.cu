@@ -1,7 +1,8 @@
-// The fused scoring kernels and their launches: frames to errors by four kernels a chunk.
+// The fused scoring kernels and their launches: frames to errors by five kernels a chunk.
 #include "device.h"
 #include "fused.h"
 #include "fused_decoder.cuh"
+#include "fused_dense.cuh"
 #include "fused_encoder.cuh"
 #include "fused_expand.cuh"
 #include "fused_latent.cuh"
@@ -30,6 +31,13 @@ constexpr int kSharedInAll = 228 * 1024;
 template <class S>
 constexpr int kResident = std::max(1, std::min(3, kSharedInAll / (S::kSharedBytes + 1024)));
 
+// Of the dense layer two fit everywhere; 8.0's code would spill at two.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kDenseResident = 1;
+#else
+constexpr int kDenseResident = 2;
+#endif
+
 template <class S>
 __global__ void __launch_bounds__(kBlock, kResident<S>)
     fused_encode_kernel(const __grid_constant__ Work work, const uint2* __restrict__ weights,
@@ -42,6 +50,13 @@ __global__ void __launch_bounds__(kBlock, std::min(2, kResident<S>))
     fused_latent_kernel(const __grid_constant__ Work work, const uint2* __restrict__ weights,
                         const float* __restrict__ biases) {
   make_latents<S>(work, weights, biases, shared_bytes());
+}
+
+template <class S>
+__global__ void __launch_bounds__(kBlock, kDenseResident)
+    fused_dense_kernel(const __grid_constant__ Work work, const uint2* __restrict__ weights,
+                       const float* __restrict__ biases) {
+  make_starts<S>(work, weights, biases, shared_bytes());
 }
 
 template <class S>
@@ -66,7 +81,8 @@ struct Stage {
   Kernel kernel;
   int shared;
   int64_t weights_at, bias_at;
-  int tasks = 1;  // Of a block at a time.
+  int tasks = 1;   // Of a block at a time.
+  int groups = 1;  // Blocks for all columns of a task.
   int resident = 0;
   bool dependent = false;  // Whether it may start while the one before it ends.
 
@@ -104,26 +120,32 @@ struct Stage {
   }
 };
 
+constexpr size_t kStages = 5, kMiddle = 3;
+
 // Tasks of the launches: patches, of both networks or one, or rows.
 template <class S>
-std::array<Stage, 4> stages_of() {
+std::array<Stage, kStages> stages_of() {
   return {{{fused_encode_kernel<typename S::Encode>, S::Encode::kSharedBytes, 0, 0},
            {fused_latent_kernel<typename S::Latent>, S::Latent::kSharedBytes, S::kLatentAt,
             S::kLatentBias, S::Latent::kPatches},
+           {fused_dense_kernel<typename S::Dense>, S::Dense::kSharedBytes, S::kDenseAt,
+            S::kDenseBias, S::Dense::kRows, S::Dense::kGroups},
            {fused_expand_kernel<typename S::Expand>, S::Expand::kSharedBytes, S::kExpandAt,
             S::kExpandBias, S::Expand::kRows},
            {fused_decode_kernel<typename S::Decode>, S::Decode::kSharedBytes, S::kDecodeAt,
             S::kDecodeBias}}};
 }
 
-// Both halves of M with two tiles a block: half the traffic from L2, for launches that still fill
-// the device.
+// M with more tiles a block: less traffic from L2, for launches that still fill the device.
 template <class S>
-std::array<Stage, 2> wide_stages_of() {
+std::array<Stage, kMiddle> wide_stages_of() {
   using Latent = typename S::template LatentOf<2>;
+  using Dense = typename S::template DenseOf<4>;
   using Expand = typename S::template ExpandOf<2>;
   return {{{fused_latent_kernel<Latent>, Latent::kSharedBytes, S::kLatentAt, S::kLatentBias,
             Latent::kPatches},
+           {fused_dense_kernel<Dense>, Dense::kSharedBytes, S::kDenseAt, S::kDenseBias,
+            Dense::kRows, Dense::kGroups},
            {fused_expand_kernel<Expand>, Expand::kSharedBytes, S::kExpandAt, S::kExpandBias,
             Expand::kRows}}};
 }
@@ -160,8 +182,8 @@ Work work_of(const FusedCall& call) {
   return work;
 }
 
-cudaError_t run_stages(const FusedCall& call, std::array<Stage, 4> stages,
-                       std::array<Stage, 2> wide, bool early, cudaStream_t stream) {
+cudaError_t run_stages(const FusedCall& call, std::array<Stage, kStages> stages,
+                       std::array<Stage, kMiddle> wide, bool early, cudaStream_t stream) {
   Work work = work_of(call);
   const int64_t total = work.source.total;
   if (total == 0) return cudaSuccess;
@@ -169,10 +191,10 @@ cudaError_t run_stages(const FusedCall& call, std::array<Stage, 4> stages,
   for (Stage& stage : stages) {
     if ((status = stage.prepare(early)) != cudaSuccess) return status;
   }
-  const bool two_tiles = device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>() >=
-                         std::max(wide[0].shared, wide[1].shared);
+  const int most_shared = device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>();
   for (Stage& stage : wide) {
-    if (two_tiles && (status = stage.prepare(early)) != cudaSuccess) return status;
+    if (stage.shared > most_shared) continue;
+    if ((status = stage.prepare(early)) != cudaSuccess) return status;
   }
   if (call.index != nullptr) {
     const size_t bytes = static_cast<size_t>(work.passes * total) * sizeof(float);
@@ -181,16 +203,17 @@ cudaError_t run_stages(const FusedCall& call, std::array<Stage, 4> stages,
   for (; work.begin < total; work.begin += call.chunk) {
     work.size = static_cast<int32_t>(std::min(call.chunk, total - work.begin));
     const int64_t rows = int64_t{work.size} * work.passes;
-    const int64_t tasks[] = {work.size, work.size, rows, rows};
+    const int64_t tasks[] = {work.size, work.size * int64_t{work.networks}, rows, rows, rows};
     for (size_t i = 0; i < stages.size(); ++i) {
       const auto blocks_of = [&](const Stage& stage) {
-        return ceil_divide(tasks[i], int64_t{stage.tasks}) * (i == 1 ? work.networks : 1);
+        return ceil_divide(tasks[i], int64_t{stage.tasks}) * stage.groups;
       };
-      const bool middle = i == 1 || i == 2;
-      const Stage& stage = middle && two_tiles && blocks_of(wide[i - 1]) >= multiprocessors()
-                               ? wide[i - 1]
-                               : stages[i];
-      if ((status = stage.launch(work, blocks_of(stage), stream)) != cudaSuccess) return status;
+      const Stage* stage = &stages[i];
+      if (i >= 1 && i <= kMiddle) {
+        const Stage& wider = wide[i - 1];
+        if (wider.resident > 0 && blocks_of(wider) >= multiprocessors()) stage = &wider;
+      }
+      if ((status = stage->launch(work, blocks_of(*stage), stream)) != cudaSuccess) return status;
     }
   }
   return cudaSuccess;

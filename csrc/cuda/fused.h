@@ -37,7 +37,7 @@ struct FusedCall {
   float* errors;           // (passes, frames * patches).
 };
 
-// Launches four kernels a chunk; neither allocates nor synchronises.
+// Launches five kernels a chunk; neither allocates nor synchronises.
 cudaError_t fused_errors(const FusedCall& call, cudaStream_t stream);
 
 }  // namespace fastalps::cuda

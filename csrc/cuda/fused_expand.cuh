@@ -1,114 +1,10 @@
-// The second half of kernel M: from latents to the maps that D reads. A row is one decoder pass of
-// a patch.
+// The second half of kernel M: from the dense layer's results to the maps that D reads. A row is
+// one decoder pass of a patch.
 #pragma once
 
 #include "fused_layers.cuh"
 
 namespace fastalps::cuda::fused {
-
-template <class S>
-using DenseStream =
-    Stream < S::kLatent / kTileTerms<8 ? S::kLatent / kTileTerms : 8, S::kDenseAcross>;
-
-// The perturbations' factors of the block's rows: 1 / their root mean squares.
-template <class S>
-FASTALPS_DEVICE void find_factors(const Lane& lane, const Work& work, int first, int rows,
-                                  float* factors) {
-  for (int row = lane.warp; row < S::kRows; row += kWarps) {
-    if (first + row >= rows) break;
-    const int patch = (first + row) >> (work.passes - 1);
-    const float* const perturbation = work.latents + (2 * int64_t{patch} + 1) * S::kLatent;
-    float square = 0.0f;
-    for (int i = lane.index; i < S::kLatent; i += kLanes) {
-      const float value = read_only(perturbation + i);
-      square += value * value;
-    }
-#pragma unroll
-    for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-      square += shuffle_down(square, distance);
-    }
-    if (lane.index == 0) factors[row] = inverse_root(square / S::kLatent + 1e-12f);
-  }
-}
-
-// The latents of the block's rows: of a perturbed pass z + strength * bounded(p). Zeros for rows
-// that there are not.
-template <class S>
-FASTALPS_DEVICE void put_latents(const Work& work, int first, int rows, const float* factors,
-                                 unsigned char* latents) {
-  using Latent = typename S::LatentMap;
-  for (int item = thread_index(); item < S::kRows * Latent::kChunks; item += kBlock) {
-    const int row = item / Latent::kChunks, chunk = item % Latent::kChunks;
-    float values[kChunkChannels] = {};
-    if (first + row < rows) {
-      const int patch = (first + row) >> (work.passes - 1);
-      const bool perturbed = work.first_perturbed || ((first + row) & (work.passes - 1)) != 0;
-      const float* const place = work.latents +
-                                 static_cast<int64_t>(patch) * work.networks * S::kLatent +
-                                 chunk * kChunkChannels;
-      const float factor =
-          perturbed ? work.strength * (work.bound == Bound::kNorm ? factors[row] : 1.0f) : 0.0f;
-#pragma unroll
-      for (int i = 0; i < kChunkChannels; ++i) {
-        values[i] = read_only(place + i);
-        if (!perturbed) continue;
-        const float found = read_only(place + S::kLatent + i);
-        values[i] += factor * (work.bound == Bound::kTanh ? hyperbolic_tangent(found) : found);
-      }
-    }
-    *reinterpret_cast<uint4*>(latents + Latent::chunk(row, chunk)) =
-        uint4{round_pair(values[0], values[1]), round_pair(values[2], values[3]),
-              round_pair(values[4], values[5]), round_pair(values[6], values[7])};
-  }
-}
-
-// The dense layer: all rows by all outputs, into the start map (pixel, row, channel).
-template <class S>
-FASTALPS_DEVICE void dense(const Lane& lane, const unsigned char* latents, unsigned char* start,
-                           const uint2* weights, DenseStream<S>& stream, const float* biases,
-                           float slope) {
-  constexpr int kColumns = S::kDense / kTileColumns;
-  constexpr int kAcross = S::kDenseAcross;
-  constexpr int kSteps = S::kLatent / kTileTerms, kDepth = DenseStream<S>::kDepth;
-  static_assert(kSteps % kDepth == 0);
-  for (int first_column = lane.warp * kAcross; first_column < kColumns;
-       first_column += kWarps * kAcross) {
-    float sums[S::kTiles][kAcross][4];
-    clear(sums);
-    // Behind the last step come the first ones of the next columns, if there are any.
-    const int next_column = first_column + kWarps * kAcross;
-#pragma unroll
-    for (int first = 0; first < kSteps; first += kDepth) {
-      if (first + kDepth == kSteps) stream.next = weights + next_column * kLanes + lane.index;
-      if (first + kDepth < kSteps || next_column < kColumns) stream.read();
-#pragma unroll
-      for (int at = 0; at < kDepth; ++at) {
-        const int chunk = 2 * (first + at) + lane.half;
-#pragma unroll
-        for (int tile = 0; tile < S::kTiles; ++tile) {
-          const Operand a =
-              load_operand(latents + S::LatentMap::chunk(tile * kTileRows + lane.row, chunk));
-#pragma unroll
-          for (int across = 0; across < kAcross; ++across) {
-            multiply_add(sums[tile][across], a, stream.current[at][across]);
-          }
-        }
-      }
-      stream.advance();
-    }
-#pragma unroll
-    for (int across = 0; across < kAcross; ++across) {
-      const int output = (first_column + across) * kTileColumns + 2 * lane.quad;
-      const int pixel = output / S::kStart, channel = output % S::kStart;
-#pragma unroll
-      for (int half = 0; half < 2 * S::kTiles; ++half) {
-        const float* const found = sums[half / 2][across] + 2 * (half % 2);
-        put(start + S::StartMap::channel(pixel * S::kRows + lane.group + 8 * half, channel),
-            finish_pair(found[0], found[1], biases, output, slope));
-      }
-    }
-  }
-}
 
 // A transposed convolution's weights, as in `Stream`: kAcross fragments of each of its taps (those
 // whose rows a phase has, or all), a step of terms ahead.
@@ -168,26 +64,34 @@ FASTALPS_DEVICE void expand_first(const Lane& lane, const unsigned char* start,
   float sums[kTiles][kCells][S::kFirstAcross][4];
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) clear(sums[tile]);
+  // A pixel's operands are on their way while those of the one before are multiplied.
+  Operand next[kTiles];
+  const auto load = [&](int pixel, int step) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int row = pixel * S::kRows + tile * kTileRows + lane.row;
+      next[tile] = load_operand(start + S::StartMap::chunk(row, 2 * step + lane.half));
+    }
+  };
+  load(0, 0);
 #pragma unroll 2
   for (int step = 0; step < kSteps; ++step) {
     if (step + 1 < kSteps) stream.read();
-    Operand a[4][kTiles];
 #pragma unroll
-    for (int i = 0; i < 4 * kTiles; ++i) {
-      const int row = i / kTiles * S::kRows + i % kTiles * kTileRows + lane.row;
-      a[i / kTiles][i % kTiles] =
-          load_operand(start + S::StartMap::chunk(row, 2 * step + lane.half));
-    }
+    for (int pixel = 0; pixel < 4; ++pixel) {
+      Operand a[kTiles];
 #pragma unroll
-    for (int tap = 0; tap < 9; ++tap) {
+      for (int tile = 0; tile < kTiles; ++tile) a[tile] = next[tile];
+      // Behind the last step those of the first are read once more.
+      load((pixel + 1) % 4, pixel < 3 ? step : step + 1 < kSteps ? step + 1 : 0);
 #pragma unroll
-      for (int pixel = 0; pixel < 4; ++pixel) {
+      for (int tap = 0; tap < 9; ++tap) {
         const int row = 2 * (pixel / 2) - 1 + tap / 3, column = 2 * (pixel % 2) - 1 + tap % 3;
         if (row < 0 || column < 0 || row >= S::kHalf || column >= S::kHalf) continue;
 #pragma unroll
         for (int i = 0; i < kTiles * S::kFirstAcross; ++i) {
           const int tile = i % kTiles, across = i / kTiles;
-          multiply_add(sums[tile][row * S::kHalf + column][across], a[pixel][tile],
+          multiply_add(sums[tile][row * S::kHalf + column][across], a[tile],
                        stream.current[tap][across]);
         }
       }
@@ -211,53 +115,58 @@ FASTALPS_DEVICE void expand_first(const Lane& lane, const unsigned char* start,
   }
 }
 
-// The second, 4x4 to 8x8 (or 7x7): a row of results, below the anchors of a row (kPhase 0, of one
-// row of taps) or between them and the next ones (1, of two).
-template <class S, int kPhase>
+// The second, 4x4 to 8x8 (or 7x7): a row of results, at the anchors of a row (kPhase 0, of one row
+// of taps) or between them and the next ones (1, of two, if there are next ones: kBelow). `next`:
+// the other phase's stream, which starts with the weights `following`.
+template <class S, int kPhase, bool kBelow>
 FASTALPS_DEVICE void expand_second(const Lane& lane, const unsigned char* input,
-                                   SecondStream<S, kPhase>& stream, const uint2* following,
+                                   SecondStream<S, kPhase>& stream,
+                                   SecondStream<S, 1 - kPhase>& next, const uint2* following,
                                    const float* biases, float slope, int first_column,
                                    int anchor_row, unsigned char* output, int rows) {
   constexpr int kAcross = S::kSecondAcross, kTiles = S::kTiles;
   constexpr int kSteps = S::kFirst / kTileTerms;
-  const bool below = anchor_row + 1 < S::kHalf;
   float sums[kTiles][S::kSide][kAcross][4];
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
     start_joint(lane, biases + first_column * kTileColumns, sums[tile]);
   }
+  // An input's operands are on their way while those of the one before are multiplied.
+  constexpr int kInputs = (kPhase == 1 && kBelow ? 2 : 1) * S::kHalf;
+  Operand coming[kTiles];
+  const auto load = [&](int pixel, int step) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int row = (anchor_row * S::kHalf + pixel) * S::kRows + tile * kTileRows + lane.row;
+      coming[tile] = load_operand(input + S::FirstMap::chunk(row, 2 * step + lane.half));
+    }
+  };
+  load(0, 0);
 #pragma unroll 2
   for (int step = 0; step < kSteps; ++step) {
     if (step + 1 < kSteps) stream.read();
 #pragma unroll
-    for (int neighbour = 0; neighbour <= kPhase; ++neighbour) {
-      if (neighbour == 1 && !below) continue;
-      Operand a[S::kHalf][kTiles];
+    for (int pixel = 0; pixel < kInputs; ++pixel) {
+      Operand a[kTiles];
 #pragma unroll
-      for (int i = 0; i < S::kHalf * kTiles; ++i) {
-        const int cell = (anchor_row + neighbour) * S::kHalf + i / kTiles;
-        const int row = cell * S::kRows + i % kTiles * kTileRows + lane.row;
-        a[i / kTiles][i % kTiles] =
-            load_operand(input + S::FirstMap::chunk(row, 2 * step + lane.half));
-      }
+      for (int tile = 0; tile < kTiles; ++tile) a[tile] = coming[tile];
+      // Behind the last step those of the first are read once more.
+      load((pixel + 1) % kInputs, pixel + 1 < kInputs ? step : step + 1 < kSteps ? step + 1 : 0);
 #pragma unroll
       for (int tap = 0; tap < 9; ++tap) {
-        if (!stream.has(tap) || tap_neighbour(tap / 3) != neighbour) continue;
+        if (!stream.has(tap) || tap_neighbour(tap / 3) != pixel / S::kHalf) continue;
+        const int column = 2 * (pixel % S::kHalf) - 1 + tap % 3;
+        if (column < 0 || column >= S::kSide) continue;
 #pragma unroll
-        for (int pixel = 0; pixel < S::kHalf; ++pixel) {
-          const int column = 2 * pixel - 1 + tap % 3;
-          if (column < 0 || column >= S::kSide) continue;
-#pragma unroll
-          for (int i = 0; i < kTiles * kAcross; ++i) {
-            multiply_add(sums[i % kTiles][column][i / kTiles], a[pixel][i % kTiles],
-                         stream.current[tap][i / kTiles]);
-          }
+        for (int i = 0; i < kTiles * kAcross; ++i) {
+          multiply_add(sums[i % kTiles][column][i / kTiles], a[i % kTiles],
+                       stream.current[tap][i / kTiles]);
         }
       }
     }
     stream.advance();
   }
-  stream.start(following);
+  next.start(following);
   const int row = 2 * anchor_row + kPhase;
 #pragma unroll
   for (int column = 0; column < S::kSide; ++column) {
@@ -271,6 +180,24 @@ FASTALPS_DEVICE void expand_second(const Lane& lane, const unsigned char* input,
   }
 }
 
+// The dense layer's results of kRows rows, asynchronously; zeros for rows that there are not.
+template <class S>
+FASTALPS_DEVICE void fetch_starts(const Work& work, int first, int rows, unsigned char* start) {
+  using Start = typename S::StartMap;
+  constexpr int kChunks = S::kInputs / kChunkChannels;  // Of a row.
+  for (int item = thread_index(); item < S::kRows * kChunks; item += kBlock) {
+    const int row = item / kChunks, pixel = item % kChunks / Start::kChunks;
+    unsigned char* const target =
+        start + Start::chunk(pixel * S::kRows + row, item % Start::kChunks);
+    if (first + row < rows) {
+      copy_async(target, work.maps + static_cast<int64_t>(first + row) * S::kOutputs * 2 +
+                             item % kChunks * kChunkBytes);
+    } else {
+      *reinterpret_cast<uint4*>(target) = uint4{};
+    }
+  }
+}
+
 // Second half of kernel M: kRows rows a block, weights streamed from L2.
 template <class S>
 FASTALPS_DEVICE void expand(const Work& work, const uint2* weights, const float* biases,
@@ -278,58 +205,55 @@ FASTALPS_DEVICE void expand(const Work& work, const uint2* weights, const float*
   const Lane lane(thread_index());
   // A warp's items of the second layer: some columns, one half of the rows of anchors.
   constexpr int kItems = S::kSecondGroups * 2, kHalfRows = S::kHalf / 2;
-  const uint2* const first_weights = weights + S::kDenseFragments * kLanes + lane.index;
-  const uint2* const second_weights =
-      weights + (S::kDenseFragments + S::kFirstFragments) * kLanes + lane.index;
-  unsigned char* const start = shared + S::kStartAt;
+  const uint2* const first_weights = weights + lane.index;
+  const uint2* const second_weights = weights + S::kFirstFragments * kLanes + lane.index;
+  unsigned char* const start = shared;
   unsigned char* const map = shared + S::kFirstAt;
-  float* const factors = reinterpret_cast<float*>(shared + S::kFactorsAt);
   allow_next();
   await_previous();
   const int rows = patches_of(work) * work.passes;
   for (int first = block_index() * S::kRows; first < rows; first += block_count() * S::kRows) {
-    if (work.bound == Bound::kNorm && work.networks == 2) {
-      find_factors<S>(lane, work, first, rows, factors);
-      barrier();
-    }
-    put_latents<S>(work, first, rows, factors, shared);
-    // A layer's first weights are on their way while warps wait for each other.
-    DenseStream<S> dense_stream(weights + lane.warp * S::kDenseAcross * kLanes + lane.index,
-                                S::kDense / kTileColumns * kLanes);
-    barrier();
-    dense<S>(lane, shared, start, weights, dense_stream, biases, work.slope);
+    fetch_starts<S>(work, first, rows, start);
     const auto first_at = [&](int column) {
       return column < S::kFirstColumns ? first_weights + column * kLanes : nullptr;
     };
+    // A layer's first weights are on their way while warps wait for each other.
     FirstStream<S> first_stream(first_at(lane.warp * S::kFirstAcross));
+    await_copies();
     barrier();
     for (int column = lane.warp * S::kFirstAcross; column < S::kFirstColumns;
          column += kWarps * S::kFirstAcross) {
       expand_first<S>(lane, start, map, first_stream, first_at(column + kWarps * S::kFirstAcross),
-                      biases + S::kDense, work.slope, column);
+                      biases, work.slope, column);
     }
     const auto second_at = [&](int item) {
       const int column = item % S::kSecondGroups * S::kSecondAcross;
       return item < kItems ? second_weights + column * kLanes : nullptr;
     };
     SecondStream<S, 0> even(second_at(lane.warp));
-    SecondStream<S, 1> odd(second_at(lane.warp));
+    SecondStream<S, 1> odd(nullptr);
     barrier();
     for (int item = lane.warp; item < kItems; item += kWarps) {
       const int first_column = item % S::kSecondGroups * S::kSecondAcross;
 #pragma unroll 1
       for (int i = 0; i < kHalfRows; ++i) {
         const int row = item / S::kSecondGroups * kHalfRows + i;
+        const uint2* const again = second_at(item);
         const uint2* const next = second_at(i + 1 < kHalfRows ? item : item + kWarps);
         unsigned char* const output = work.maps + static_cast<int64_t>(first) * S::kOutputs * 2;
-        const float* const bias = biases + S::kDense + S::kFirst;
-        expand_second<S, 0>(lane, map, even, next, bias, work.slope, first_column, row, output,
-                            rows - first);
-        expand_second<S, 1>(lane, map, odd, next, bias, work.slope, first_column, row, output,
-                            rows - first);
+        const float* const bias = biases + S::kFirst;
+        expand_second<S, 0, false>(lane, map, even, odd, again, bias, work.slope, first_column, row,
+                                   output, rows - first);
+        if (row + 1 < S::kHalf) {
+          expand_second<S, 1, true>(lane, map, odd, even, next, bias, work.slope, first_column, row,
+                                    output, rows - first);
+        } else {
+          expand_second<S, 1, false>(lane, map, odd, even, next, bias, work.slope, first_column,
+                                     row, output, rows - first);
+        }
       }
     }
-    // The latents are read only before the second barrier, so the next ones may overwrite them.
+    // The dense layer's map is read only before the second barrier, so the next may overwrite it.
   }
 }
 

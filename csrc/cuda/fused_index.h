@@ -211,42 +211,61 @@ struct LatentShape {
   static constexpr int kSharedBytes = kHiddenAt + kTiles * kHiddenBytes;
 };
 
-// Second half of kernel M: the perturbation, the dense layer and the first two transposed
-// convolutions. Rows are decoder passes; a tile has 16 of them at the same pixel, a block kTiles.
-template <int kTiles_, int kSide_, int kLatent_, int kStart_, int kFirst_, int kSecond_>
+// Between the halves of kernel M: the perturbation and the dense layer. Rows are decoder passes; a
+// block has kTiles tiles of them and some of the columns. Its results lie kRowValues apart.
+template <int kTiles_, int kLatent_, int kStart_, int kRowValues_>
+struct DenseShape {
+  static constexpr int kTiles = kTiles_, kRows = kTiles * kTileRows;
+  static constexpr int kLatent = kLatent_, kStart = kStart_, kRowValues = kRowValues_;
+  static constexpr int kQuarter = 2;
+  static_assert(kLatent % 16 == 0 && kStart % 16 == 0);
+  using LatentMap = Map<kLatent>;
+  static constexpr int kOutputs = kQuarter * kQuarter * kStart;  // By pixel, then channel.
+  static constexpr int kFragments = fragments(1, kLatent, kOutputs);
+  static constexpr int kBiases = kOutputs;
+  static constexpr int kColumns = kOutputs / kTileColumns;
+  static constexpr int kAcross = 4;                                     // Of a warp.
+  static constexpr int kGroups = divide_up(kColumns, kAcross* kWarps);  // Blocks for all columns.
+  static_assert(kColumns % kAcross == 0);
+  static constexpr int kSteps = kLatent / kTileTerms;
+  static constexpr int kDepth = kSteps % 4 == 0 ? 4 : kSteps % 2 == 0 ? 2 : 1;
+
+  // Shared memory: latents, the perturbations' factors.
+  static constexpr int kFactorsAt = LatentMap::bytes(kRows);
+  static constexpr int kSharedBytes = kFactorsAt + kRows * 4;
+};
+
+// Second half of kernel M: the first two transposed convolutions. Rows are decoder passes; a tile
+// has 16 of them at the same pixel, a block kTiles.
+template <int kTiles_, int kSide_, int kStart_, int kFirst_, int kSecond_>
 struct ExpandShape {
   static constexpr int kTiles = kTiles_, kRows = kTiles * kTileRows;
-  static constexpr int kSide = kSide_, kLatent = kLatent_, kStart = kStart_;
+  static constexpr int kSide = kSide_, kStart = kStart_;
   static constexpr int kFirst = kFirst_, kSecond = kSecond_;
   static constexpr int kQuarter = 2, kHalf = 4;
   static_assert(divide_up(kSide, 2) == kHalf);
-  static_assert(kLatent % 16 == 0 && kStart % 16 == 0 && kFirst % 16 == 0 && kSecond % 8 == 0);
-  using LatentMap = Map<kLatent>;
+  static_assert(kStart % 16 == 0 && kFirst % 16 == 0 && kSecond % 8 == 0);
   using StartMap = Map<kStart>;
   using FirstMap = Map<kFirst>;
-  static constexpr int kDense = kQuarter * kQuarter * kStart;  // Outputs, by pixel, then channel.
-  static constexpr int kDenseFragments = fragments(1, kLatent, kDense);
   static constexpr int kFirstFragments = fragments(9, kStart, kFirst);
   static constexpr int kSecondFragments = fragments(9, kFirst, kSecond);
-  static constexpr int kFragments = kDenseFragments + kFirstFragments + kSecondFragments;
-  static constexpr int kBiases = kDense + kFirst + kSecond;
+  static constexpr int kFragments = kFirstFragments + kSecondFragments;
+  static constexpr int kBiases = kFirst + kSecond;
   static constexpr int kOutputs = kSide * kSide * kSecond;
+  // A row's inputs lie where its outputs will.
+  static constexpr int kInputs = kQuarter * kQuarter * kStart;
+  static_assert(kInputs <= kOutputs);
 
   // A warp's columns; its sums are at most 128 registers a lane.
-  static constexpr int kDenseAcross = 4;
   static constexpr int kFirstColumns = kFirst / kTileColumns;
   static constexpr int kFirstAcross = 1;
   static constexpr int kSecondAcross = kSecond / kTileColumns >= 8 ? 2 : 1;
   static constexpr int kSecondGroups = kSecond / kTileColumns / kSecondAcross;
-  static_assert(kDense % (kTileColumns * kDenseAcross) == 0);
   static_assert(kFirstColumns % (kFirstAcross * kWarps) == 0);
 
-  // Shared memory: latents, the dense layer's map, the first layer's map, the perturbations'
-  // factors.
-  static constexpr int kStartAt = LatentMap::bytes(kRows);
-  static constexpr int kFirstAt = kStartAt + StartMap::bytes(kQuarter * kQuarter * kRows);
-  static constexpr int kFactorsAt = kFirstAt + FirstMap::bytes(kHalf * kHalf * kRows);
-  static constexpr int kSharedBytes = kFactorsAt + kRows * 4;
+  // Shared memory: the dense layer's map, the first layer's map.
+  static constexpr int kFirstAt = StartMap::bytes(kQuarter * kQuarter * kRows);
+  static constexpr int kSharedBytes = kFirstAt + FirstMap::bytes(kHalf * kHalf * kRows);
 };
 
 // Rows that kParts warps share out: the first kFull of them have kMost, the others one less.
@@ -364,19 +383,24 @@ struct Shape {
   template <int kTiles>
   using LatentOf = LatentShape<kTiles, kQuarter, kC2, kC3, kLatent>;
   template <int kTiles>
-  using ExpandOf = ExpandShape<kTiles, kQuarter, kLatent, kD0, kD1, kD2>;
+  using DenseOf = DenseShape<kTiles, kLatent, kD0, kQuarter * kQuarter * kD2>;
+  template <int kTiles>
+  using ExpandOf = ExpandShape<kTiles, kQuarter, kD0, kD1, kD2>;
   using Latent = LatentOf<1>;
+  using Dense = DenseOf<1>;
   using Expand = ExpandOf<1>;
   using Decode = DecodeShape<kSize, kD2, kD3, kD4, kD5>;
   static constexpr int kPixels = kSize * kSize;
 
   // Places of the kernels' weights (in fragments of 256 bytes) and biases (in floats).
   static constexpr int kLatentAt = Encode::kFragments;
-  static constexpr int kExpandAt = kLatentAt + Latent::kFragments;
+  static constexpr int kDenseAt = kLatentAt + Latent::kFragments;
+  static constexpr int kExpandAt = kDenseAt + Dense::kFragments;
   static constexpr int kDecodeAt = kExpandAt + Expand::kFragments;
   static constexpr int kFragments = kDecodeAt + Decode::kFragments;
   static constexpr int kLatentBias = Encode::kBiases;
-  static constexpr int kExpandBias = kLatentBias + Latent::kBiases;
+  static constexpr int kDenseBias = kLatentBias + Latent::kBiases;
+  static constexpr int kExpandBias = kDenseBias + Dense::kBiases;
   static constexpr int kDecodeBias = kExpandBias + Expand::kBiases;
   static constexpr int kBiases = kDecodeBias + Decode::kBiases;
 
@@ -388,6 +412,7 @@ struct Shape {
   // What every GPU of compute capability 8.0, 9.x and 10.x gives a block: 163 KiB.
   static constexpr int kMostShared = 163 * 1024;
   static_assert(Encode::kSharedBytes <= kMostShared && Latent::kSharedBytes <= kMostShared);
+  static_assert(Dense::kSharedBytes <= kMostShared);
   static_assert(Expand::kSharedBytes <= kMostShared && Decode::kSharedBytes <= kMostShared);
   // Those of 9.x and 10.0 give 227 KiB, which is enough for two tiles of these networks; where it
   // is not, M takes one.

@@ -25,7 +25,7 @@ struct Source {
   const int64_t* count;  // How many pairs, on the device; null: all.
 };
 
-// One launch of the four kernels: patches `begin` to `begin` + `size` of the list.
+// One launch of the five kernels: patches `begin` to `begin` + `size` of the list.
 struct Work {
   Source source;
   int64_t begin;

@@ -1,5 +1,6 @@
 // The fused scoring kernels run on a host, for tests/test_fused_emulation.py.
 #include "fused_decoder.cuh"
+#include "fused_dense.cuh"
 #include "fused_encoder.cuh"
 #include "fused_expand.cuh"
 #include "fused_latent.cuh"
@@ -60,16 +61,26 @@ void run_shape(const Problem& problem, const Work& work) {
                                          biases + S::kLatentBias, shared);
       });
     case 2:
+      return run_kernel(problem, S::Dense::kSharedBytes, [&](unsigned char* shared) {
+        make_starts<typename S::Dense>(work, weights + S::kDenseAt * kLanes, biases + S::kDenseBias,
+                                       shared);
+      });
+    case 3:
       return run_kernel(problem, S::Expand::kSharedBytes, [&](unsigned char* shared) {
         expand<typename S::Expand>(work, weights + S::kExpandAt * kLanes, biases + S::kExpandBias,
                                    shared);
       });
-    case 4:
+    case 5:
       return run_kernel(problem, S::template LatentOf<2>::kSharedBytes, [&](unsigned char* shared) {
         make_latents<typename S::template LatentOf<2>>(work, weights + S::kLatentAt * kLanes,
                                                        biases + S::kLatentBias, shared);
       });
-    case 5:
+    case 6:
+      return run_kernel(problem, S::template DenseOf<4>::kSharedBytes, [&](unsigned char* shared) {
+        make_starts<typename S::template DenseOf<4>>(work, weights + S::kDenseAt * kLanes,
+                                                     biases + S::kDenseBias, shared);
+      });
+    case 7:
       return run_kernel(problem, S::template ExpandOf<2>::kSharedBytes, [&](unsigned char* shared) {
         expand<typename S::template ExpandOf<2>>(work, weights + S::kExpandAt * kLanes,
                                                  biases + S::kExpandBias, shared);
@@ -143,7 +154,8 @@ extern "C" int fused_sizes(int64_t shape, int64_t* found) {
     const int64_t sizes[] = {S::kFragments,           S::kBiases,
                              S::kMapValues,           S::Latent::kLatent,
                              S::Encode::kSharedBytes, S::Latent::kSharedBytes,
-                             S::Expand::kSharedBytes, S::Decode::kSharedBytes};
-    for (int i = 0; i < 8; ++i) found[i] = sizes[i];
+                             S::Dense::kSharedBytes,  S::Expand::kSharedBytes,
+                             S::Decode::kSharedBytes};
+    for (int i = 0; i < 9; ++i) found[i] = sizes[i];
   });
 }
