@@ -222,10 +222,8 @@ def _cuobjdump() -> Path:
     return Path(tool)
 
 
-def instruction_mix(library: Path) -> dict[tuple[str, str], dict[str, int]]:
-    """Instructions in the code of each kernel: (symbol, architecture) -> opcode -> number.
-
-    Counted as they stand, not as they run; "all" is their sum, without padding.
+def disassembly(library: Path) -> dict[tuple[str, str], list[str]]:
+    """The code of each kernel: (symbol, architecture) -> lines of `cuobjdump -sass`.
 
     Args:
         library: or an object file, with the code of one or several architectures.
@@ -238,15 +236,29 @@ def instruction_mix(library: Path) -> dict[tuple[str, str], dict[str, int]]:
     environment = {**os.environ, "PATH": f"{tool.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     command = [str(tool), "-sass", str(library)]
     said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    found: dict[tuple[str, str], dict[str, int]] = {}
-    architecture, counts = "", {}
+    found: dict[tuple[str, str], list[str]] = {}
+    architecture, lines = "", []
     for line in said.stdout.splitlines():
         if match := re.match(r"\s*(?:arch = |code for )(sm_\d+)", line):
             architecture = match[1]
         elif match := re.match(r"\s*Function : (\w+)", line):
-            counts = found.setdefault((match[1], architecture), {"all": 0})
-        elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", line):
-            if match[1] == "NOP":
+            lines = found.setdefault((match[1], architecture), [])
+        else:
+            lines.append(line)
+    return found
+
+
+def instruction_mix(library: Path) -> dict[tuple[str, str], dict[str, int]]:
+    """Instructions in the code of each kernel: (symbol, architecture) -> opcode -> number.
+
+    Counted as they stand, not as they run; "all" is their sum, without padding. See `disassembly`.
+    """
+    found: dict[tuple[str, str], dict[str, int]] = {}
+    for key, lines in disassembly(library).items():
+        counts = found.setdefault(key, {"all": 0})
+        for line in lines:
+            match = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", line)
+            if match is None or match[1] == "NOP":
                 continue
             counts["all"] += 1
             if match[1] in MIX:

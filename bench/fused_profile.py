@@ -80,6 +80,12 @@ COUNTERS = {
     ),
     "smsp__average_warps_issue_stalled_wait_per_issue_active.ratio": "stalled: fixed latency",
     "smsp__average_warps_issue_stalled_not_selected_per_issue_active.ratio": "not selected",
+    "smsp__average_warps_issue_stalled_lg_throttle_per_issue_active.ratio": "stalled: global queue",
+    "smsp__average_warps_issue_stalled_no_instruction_per_issue_active.ratio": (
+        "stalled: no instruction"
+    ),
+    "smsp__average_warps_issue_stalled_dispatch_stall_per_issue_active.ratio": "stalled: dispatch",
+    "smsp__average_warps_issue_stalled_branch_resolve_per_issue_active.ratio": "stalled: branch",
 }
 
 

@@ -23,10 +23,12 @@ from bench.cuda_compile import (
     CannotCompile,
     build_library,
     declared_kernels,
+    disassembly,
     instruction_mix,
     kernel_name,
     uses,
 )
+from bench.schedule import instructions, spacing, with_products
 from fastalps import ops
 
 ROOT = Path(__file__).parents[1]
@@ -79,6 +81,31 @@ def test_fused_kernels_use_tensor_cores(library: Path) -> None:
         assert counts.get("HMMA", 0) >= 4 and counts.get("LDSM", 0) >= 1, (key, counts)
         if "spills" not in LIMITS["cuda"][kernel_name(key[0])]:
             assert "LDL" not in counts and "STL" not in counts, (key, counts)
+
+
+def test_products_stand_close_together(library: Path) -> None:
+    """In the code of sm_90 of the widest networks, as launches that fill a device have it: a branch
+    between products, which waits for their sums, would show."""
+    try:
+        code = disassembly(library.parent / library.stem / "fused.cu.o")
+    except CannotCompile as reason:
+        pytest.skip(str(reason))
+    # Cycles from product to product, where 6 is back to back, and waits for all sums.
+    for shape, most, drains in (
+        ("fused_latent_kernelINS0_5fused11LatentShapeILi2ELi8ELi64ELi128ELi256E", 7.0, 3),
+        ("fused_expand_kernelINS0_5fused11ExpandShapeILi2ELi8ELi256ELi128ELi64E", 8.0, 5),
+        ("fused_decode_kernelINS0_5fused11DecodeShapeILi30ELi64ELi32ELi16ELi16E", 11.0, 3),
+        ("fused_encode_kernelINS0_5fused11EncodeShapeILi30ELi32ELi64E", 10.5, 1),
+    ):
+        (lines,) = (
+            lines
+            for (symbol, architecture), lines in code.items()
+            if shape in symbol and architecture == "sm_90"
+        )
+        found = with_products(list(instructions(lines)))
+        assert sum(each.products for each in found) >= 150
+        assert spacing(found) <= most, shape
+        assert sum(each.drains for each in found) <= drains, shape
 
 
 def test_violations_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
