@@ -66,6 +66,7 @@ COPY = 'while [ "$1" != "-o" ]; do shift; done; echo a library > "$2"'
         ({"encoder": (16, 48, 64)}, "16, 32 or 64 as the encoder's second width, not 48"),
         ({"decoder": (16, 32, 16, 16, 8, 8)}, "multiples of 16, 64, 16, 16, 8, 8 for the decoder"),
         ({"decoder": (16, 64, 16, 16, 24, 8)}, "8, 16, 32 or 64 as the decoder's fifth width"),
+        ({"decoder": (208, 64, 16, 16, 8, 8)}, "at most 12 times its third, not 208 and 16"),
         ({"latent": 72}, "multiples of 64 for the latent, not 72"),
         ({"latent": 48}, "cannot share out a latent of 48"),
     ],
