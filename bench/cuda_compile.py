@@ -133,7 +133,7 @@ def declared_kernels() -> set[str]:
 SHARED_PROGRAM = """
 #include <algorithm>
 #include <cstdio>
-#include "fused_index.h"
+#include "fused_shapes.h"
 int main() {
   int most[8] = {};
   for (int64_t shape = 0; fastalps::cuda::fused::with_shape(shape, [&](auto named) {

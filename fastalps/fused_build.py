@@ -80,7 +80,7 @@ def reason_against(config: ModelConfig) -> str:
 
 
 def arguments(config: ModelConfig) -> tuple[int, ...]:
-    """Those of `Shape` in csrc/cuda/fused_index.h."""
+    """Those of `Shape` in csrc/cuda/fused_shapes.h."""
     return (config.image_size[0], *config.encoder, config.latent, *config.decoder)
 
 

@@ -25,7 +25,7 @@ TERMS, OUTPUTS = 16, 8
 EVERY_TAP = [range(9)]
 PHASES = [(4,), (3, 5), (1, 7), (0, 2, 6, 8)]
 
-# The networks that the kernels are compiled for, at their numbers: `with_shape` of fused_index.h.
+# The networks that the kernels are compiled for, at their numbers: `with_shape` of fused_shapes.h.
 SHAPES = [
     ("paper", 28),
     ("paper", 30),

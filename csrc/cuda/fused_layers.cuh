@@ -2,7 +2,7 @@
 // several of them compute on a map in shared memory.
 #pragma once
 
-#include "fused_index.h"
+#include "fused_shapes.h"
 #if defined(__CUDACC__)
 #include "fused_machine.cuh"
 #else
