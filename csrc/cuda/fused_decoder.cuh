@@ -171,7 +171,8 @@ FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const
   constexpr float kZeros[4] = {};
   const bool full = S::FifthShares::full(part);
   const int first_row = S::FifthShares::first(part);
-  // A tap meets two neighbouring runs. Behind the last tap weights are zeros; it is read once more.
+  // A tap meets two neighbouring runs. The last step may have half a step's terms.
+  const auto half = [](int step, int chunks) { return 2 * step + 1 >= chunks; };
   const unsigned char* corner[kSteps];
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
@@ -185,7 +186,8 @@ FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const
   const auto load = [&](int row) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      next[step] = load_operand(corner[step] + In::chunk(0, row * S::kPitch));
+      const unsigned char* const place = corner[step] + In::chunk(0, row * S::kPitch);
+      next[step] = load_terms(place, half(step, 3 * kPlanes));
     }
   };
   load(0);
@@ -217,11 +219,10 @@ FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const
 #pragma unroll
         for (int across = 0; across < kAcross; ++across) {
           float (&mine)[4] = sums[result % 3][across];
-          if (tap_row == 0 && step == 0) {
-            multiply_add(mine, a[step], b[tap_row][step][across], bias.four[across]);
-          } else {
-            multiply_add(mine, a[step], b[tap_row][step][across]);
-          }
+          const float (&before)[4] = mine;
+          add_terms(mine, a[step], b[tap_row][step][across],
+                    tap_row == 0 && step == 0 ? bias.four[across] : before,
+                    half(step, 3 * kPlanes));
         }
       }
     }
@@ -238,13 +239,10 @@ FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const
                         ? 0
                         : leaky_pair(mine[across][i % 2 * 2], mine[across][i % 2 * 2 + 1], slope);
       }
-      if (step == 0) {
-        multiply_add(below, a, last[0][step], kZeros);
-      } else {
-        multiply_add(below, a, last[0][step]);
-      }
-      multiply_add(here, a, last[1][step]);
-      multiply_add(above, a, last[2][step]);
+      const float (&before)[4] = below;
+      add_terms(below, a, last[0][step], step == 0 ? kZeros : before, half(step, kAcross));
+      add_terms(here, a, last[1][step], here, half(step, kAcross));
+      add_terms(above, a, last[2][step], above, half(step, kAcross));
     }
     put_products<S>(lane, strip + done * S::kProductPitch, above);
     if (done + 1 == kMost) break;

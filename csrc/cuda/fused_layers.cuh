@@ -155,6 +155,20 @@ FASTALPS_DEVICE void multiply_add(float (&sums)[4], const Operand& a, uint2 b) {
   multiply_add(sums, a, b, sums);
 }
 
+// The last step of a layer may have the first 8 of its 16 terms only.
+FASTALPS_DEVICE Operand load_terms(const unsigned char* chunk, bool half) {
+  return half ? load_half_operand(chunk) : load_operand(chunk);
+}
+
+FASTALPS_DEVICE void add_terms(float (&sums)[4], const Operand& a, uint2 b, const float (&start)[4],
+                               bool half) {
+  if (half) {
+    multiply_add_half(sums, a, b, start);
+  } else {
+    multiply_add(sums, a, b, start);
+  }
+}
+
 FASTALPS_DEVICE void put(unsigned char* place, uint32_t pair) {
   *reinterpret_cast<uint32_t*>(place) = pair;
 }

@@ -45,6 +45,18 @@ FASTALPS_DEVICE Operand load_operand(const unsigned char* chunk) {
   return a;
 }
 
+// The same of an operand whose second 8 terms are zeros: half the reads. The addresses of the lanes
+// of the second half do not matter.
+FASTALPS_DEVICE Operand load_half_operand(const unsigned char* chunk) {
+  Operand a = {};
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(chunk));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(a.word[0]), "=r"(a.word[1])
+               : "r"(address)
+               : "memory");
+  return a;
+}
+
 // Starts a copy of 16 bytes from global into shared memory, both aligned.
 FASTALPS_DEVICE void copy_async(unsigned char* target, const void* source) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
@@ -62,6 +74,16 @@ FASTALPS_DEVICE void multiply_add(float (&sums)[4], const Operand& a, uint2 b,
       : "=f"(sums[0]), "=f"(sums[1]), "=f"(sums[2]), "=f"(sums[3])
       : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.x), "r"(b.y),
         "f"(start[0]), "f"(start[1]), "f"(start[2]), "f"(start[3]));
+}
+
+// The same of the first 8 terms only.
+FASTALPS_DEVICE void multiply_add_half(float (&sums)[4], const Operand& a, uint2 b,
+                                       const float (&start)[4]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+      "{%4, %5}, {%6}, {%7, %8, %9, %10};"
+      : "=f"(sums[0]), "=f"(sums[1]), "=f"(sums[2]), "=f"(sums[3])
+      : "r"(a.word[0]), "r"(a.word[1]), "r"(b.x), "f"(start[0]), "f"(start[1]), "f"(start[2]),
+        "f"(start[3]));
 }
 
 // Two bf16 in one word, rounded to nearest even, the first in the lower half.

@@ -1,6 +1,6 @@
-// The AVX-512, AVX-VNNI and AMX instructions that csrc/cpu uses, as functions on vectors of gcc and clang, for
-// processors without them: `make emulate` builds the library with this in front of each source that
-// needs them. Written from Intel's descriptions of the operations.
+// The AVX-512, AVX-VNNI and AMX instructions that csrc/cpu uses, as functions on vectors of gcc and
+// clang, for processors without them: `make emulate` builds the library with this in front of each
+// source that needs them. Written from Intel's descriptions of the operations.
 #pragma once
 
 #include <immintrin.h>
@@ -214,8 +214,9 @@ inline void tile_dpbf16ps(int to, int left, int right) {
       // Sums of even and of odd places are added at last.
       float parts[2] = {0, 0};
       for (int k = 0; k < a.bytes / 2; ++k) {
-        parts[k % 2] = __builtin_fmaf(value(&a.data[row][2 * k]),
-                                      value(&b.data[k / 2][4 * column + 2 * (k % 2)]), parts[k % 2]);
+        parts[k % 2] =
+            __builtin_fmaf(value(&a.data[row][2 * k]),
+                           value(&b.data[k / 2][4 * column + 2 * (k % 2)]), parts[k % 2]);
       }
       float total;
       std::memcpy(&total, &sum.data[row][4 * column], 4);

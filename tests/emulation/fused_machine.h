@@ -58,6 +58,7 @@ struct Thread {
   const Operand* a;
   uint2 b;
   const unsigned char* address;
+  int matrices;
   Operand loaded;
   float value;
   int distance;
@@ -230,11 +231,12 @@ class Machine {
     }
   }
 
-  // PTX ISA, ldmatrix .x4: lanes 8j to 8j + 7 give the addresses of the 8 rows of matrix j; lane l
-  // receives of each matrix elements 2 * (l % 4) and the next of row l / 4.
+  // PTX ISA, ldmatrix .x4 or .x2: lanes 8j to 8j + 7 give the addresses of the 8 rows of matrix j;
+  // lane l receives of each matrix elements 2 * (l % 4) and the next of row l / 4.
   void load(Thread* lanes) {
     ++counts.loads;
-    for (int lane = 0; lane < 32; ++lane) {
+    const int matrices = lanes[0].matrices;
+    for (int lane = 0; lane < 8 * matrices; ++lane) {
       const unsigned char* address = lanes[lane].address;
       if (address < shared_ || address + 16 > shared_ + shared_bytes_) {
         error_ = "ldmatrix outside shared memory";
@@ -245,7 +247,7 @@ class Machine {
         return;
       }
     }
-    for (int matrix = 0; matrix < 4; ++matrix) {
+    for (int matrix = 0; matrix < matrices; ++matrix) {
       // Each 8 rows take a cycle, or as many as rows share the same four banks.
       int most = 1;
       for (int row = 0; row < 8; ++row) {
@@ -302,12 +304,17 @@ inline int block_index() { return emulation::Machine::current->block; }
 inline int block_count() { return emulation::Machine::current->blocks; }
 inline void barrier() { emulation::Machine::current->wait(emulation::State::kBarrier); }
 
-inline Operand load_operand(const unsigned char* chunk) {
+inline Operand load_matrices(const unsigned char* chunk, int matrices) {
   emulation::Machine* const machine = emulation::Machine::current;
   machine->self().address = chunk;
+  machine->self().matrices = matrices;
+  machine->self().loaded = {};
   machine->wait(emulation::State::kLoad);
   return machine->self().loaded;
 }
+
+inline Operand load_operand(const unsigned char* chunk) { return load_matrices(chunk, 4); }
+inline Operand load_half_operand(const unsigned char* chunk) { return load_matrices(chunk, 2); }
 
 inline void multiply_add(float (&sums)[4], const Operand& a, uint2 b, const float (&start)[4]) {
   emulation::Machine* const machine = emulation::Machine::current;
@@ -317,6 +324,13 @@ inline void multiply_add(float (&sums)[4], const Operand& a, uint2 b, const floa
   self.a = &a;
   self.b = b;
   machine->wait(emulation::State::kMultiply);
+}
+
+// PTX ISA, "Matrix Fragments for mma.m16n8k8": the first two words of A and the first of B, at the
+// same rows and columns as those of m16n8k16.
+inline void multiply_add_half(float (&sums)[4], const Operand& a, uint2 b,
+                              const float (&start)[4]) {
+  multiply_add(sums, Operand{{a.word[0], a.word[1], 0, 0}}, uint2{b.x, 0}, start);
 }
 
 inline void allow_next() {}
