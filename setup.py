@@ -5,7 +5,8 @@ Environment:
                           fails; 0: never; unset: build it where the installed torch was built with
                           CUDA and nvcc is found, and go on without it if that fails.
     TORCH_CUDA_ARCH_LIST  architectures, such as "8.0;9.0+PTX".
-    CXX, CUDA_HOME        the C++ compiler; the CUDA toolkit.
+    CXX, CUDA_HOME        the C++ compiler, else the first that makes libraries whose errors reach
+                          Python; the CUDA toolkit.
     FASTALPS_SANITIZE     sanitizers to build the C++ library with, such as "address,undefined"; for
                           `make sanitize`, which keeps that library apart.
     FASTALPS_EMULATE      1: a C++ library for tests, whose AVX-512, AVX-VNNI and AMX
@@ -24,6 +25,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -88,13 +90,30 @@ class BuildFailure(Exception):
     """A library cannot be built; the text says why in one line."""
 
 
-def cxx() -> str:
+# Compilers whose libraries `check_errors` refused, by their real paths, and what it said.
+REFUSED: dict[str, BuildFailure] = {}
+
+
+def compilers() -> list[str]:
+    """Those that may build, the first choice first: $CXX alone where it is set and found."""
     # Microsoft's compiler lacks the vector types of the kernels; clang++ uses its libraries.
-    usual = ("clang++",) if sys.platform == "win32" else ("c++", "g++", "clang++")
-    for name in (os.environ.get("CXX"), *usual):
-        if name and (found := shutil.which(name)):
-            return found
-    raise BuildFailure(f"no C++ compiler was found (install {usual[-1]}, or set CXX)")
+    names = ["clang++"] if sys.platform == "win32" else ["c++", "g++", "clang++"]
+    # Those of the system, where others come before them on the path.
+    names += [] if sys.platform == "win32" else [f"/usr/bin/{name}" for name in names]
+    chosen = shutil.which(os.environ.get("CXX") or "")
+    found = [chosen] if chosen else [path for name in names if (path := shutil.which(name))]
+    return [path for path in found if os.path.realpath(path) not in REFUSED]
+
+
+def cxx() -> str:
+    if found := compilers():
+        return found[0]
+    for refusal in REFUSED.values():
+        raise refusal
+    raise BuildFailure(
+        f"no C++ compiler was found (install {'clang++' if sys.platform == 'win32' else 'g++'}, "
+        "or set CXX)"
+    )
 
 
 def nvcc() -> str | None:
@@ -327,6 +346,23 @@ def check_errors(library: Path) -> None:
         )
 
 
+def checked(build: Callable[[], Path]) -> Path:
+    """A library that `check_errors` has nothing against, by the first compiler that makes one."""
+    while True:
+        try:
+            built = build()
+        except BuildFailure as failure:
+            for refusal in REFUSED.values():
+                raise refusal from failure
+            raise
+        try:
+            check_errors(built)
+        except BuildFailure as refusal:
+            REFUSED[os.path.realpath(cxx())] = refusal
+        else:
+            return built
+
+
 def cuda_declined() -> str | None:
     """Why the CUDA library is not even tried, or None."""
     wish = os.environ.get("FASTALPS_CUDA", "")
@@ -362,8 +398,7 @@ class BuildNative(build_ext):
 
     def place(self, folder: Path, name: str, build, required: bool) -> None:
         try:
-            built = build()
-            check_errors(built)
+            built = checked(build)
         except BuildFailure as failure:
             if required:
                 sys.exit(f"fastalps: FASTALPS_CUDA=1, but {failure}")

@@ -3,6 +3,7 @@ anew, with other flags, from the objects of the build."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,11 @@ def build() -> ModuleType:
     if sys.platform != "linux":
         pytest.skip("the flags are those of compilers on Linux")
     return build_module()
+
+
+@pytest.fixture(autouse=True)
+def no_compiler_refused(build, monkeypatch) -> None:
+    monkeypatch.setattr(build, "REFUSED", {})
 
 
 def linked(build: ModuleType, folder: Path, flags: tuple[str, ...], device: str = "cpu") -> Path:
@@ -57,6 +63,23 @@ def test_errors_that_are_not(build, tmp_path, flags) -> None:
     library = linked(build, tmp_path, flags)
     with pytest.raises(build.BuildFailure, match=REFUSED):
         build.check_errors(library)
+
+
+def test_the_next_compiler_is_tried(build, tmp_path, monkeypatch) -> None:
+    """One that comes first on the path and brings its own runtime, before the usual ones."""
+    usual = build.cxx()
+    wrapper = tmp_path / "c++"
+    wrapper.write_text(f'#!/bin/sh\nexec {usual} "$@" {" ".join(OWN_RUNTIME)}\n', encoding="utf-8")
+    wrapper.chmod(0o755)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert build.cxx() == str(wrapper)
+    build.checked(lambda: linked(build, tmp_path, ()))
+    assert list(build.REFUSED) == [str(wrapper)] and build.cxx() != str(wrapper)
+    # What was chosen by name is not replaced.
+    monkeypatch.setenv("CXX", str(wrapper))
+    with pytest.raises(build.BuildFailure, match=REFUSED):
+        build.checked(lambda: linked(build, tmp_path, ()))
 
 
 def test_a_refused_library_leaves_a_working_package(build, tmp_path) -> None:
