@@ -27,9 +27,6 @@ constexpr int kTileTerms = 16;
 constexpr int kChunkBytes = 16;
 constexpr int kChunkChannels = 8;
 
-// One row of all 32 banks of shared memory.
-constexpr int kBankBytes = 128;
-
 FASTALPS_INDEX int divide_up(int value, int divisor) { return (value + divisor - 1) / divisor; }
 FASTALPS_INDEX int align_up(int value, int unit) { return divide_up(value, unit) * unit; }
 

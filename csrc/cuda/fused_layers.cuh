@@ -143,13 +143,6 @@ FASTALPS_DEVICE uint32_t leaky_pair(float first, float second, float slope) {
   return round_pair(leaky(first, slope), leaky(second, slope));
 }
 
-// A lane's two neighbouring results of one row, with bias and leaky ReLU.
-FASTALPS_DEVICE uint32_t finish_pair(float first, float second, const float* biases, int column,
-                                     float slope) {
-  return leaky_pair(first + read_only(biases + column), second + read_only(biases + column + 1),
-                    slope);
-}
-
 // sums += A * B.
 FASTALPS_DEVICE void multiply_add(float (&sums)[4], const Operand& a, uint2 b) {
   multiply_add(sums, a, b, sums);
@@ -290,13 +283,5 @@ struct Stream {
     }
   }
 };
-
-// A row of taps' steps in rounds of a stream: an even number of rounds, if that is possible.
-FASTALPS_INDEX int round_steps(int steps) {
-  for (int depth = steps / 2 < 6 ? steps / 2 : 6; depth > 1; --depth) {
-    if (steps % (2 * depth) == 0) return depth;
-  }
-  return steps;
-}
 
 }  // namespace fastalps::cuda::fused
