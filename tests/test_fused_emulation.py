@@ -89,13 +89,14 @@ class Reference:
         self.network = copy.deepcopy(model).double().eval().requires_grad_(False)
         fold_batch_norm(self.network)
 
-    def _round(self, values: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
-        found = rounded(values)
-        sides = (rounded(values + off) - found, found - rounded(values - off))
-        return found, torch.maximum(*sides)
-
     def _hidden(self, values: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
-        return self._round(F.leaky_relu(values, self.config.negative_slope), off)
+        slope = rounded(torch.tensor(self.config.negative_slope))
+
+        def leaky(x: Tensor) -> Tensor:
+            return torch.maximum(rounded(x), rounded(slope * rounded(x)))
+
+        found = leaky(values)
+        return found, torch.maximum(leaky(values + off) - found, found - leaky(values - off))
 
     def _layer(
         self,

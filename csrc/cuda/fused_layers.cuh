@@ -137,10 +137,8 @@ struct Pixels {
 };
 
 // Slopes are from 0 to 1 (`why_not` of fastalps/fused.py).
-FASTALPS_DEVICE float leaky(float value, float slope) { return larger(value, slope * value); }
-
 FASTALPS_DEVICE uint32_t leaky_pair(float first, float second, float slope) {
-  return round_pair(leaky(first, slope), leaky(second, slope));
+  return leaky_words(round_pair(first, second), round_pair(slope, slope));
 }
 
 // sums += A * B.

@@ -93,13 +93,21 @@ FASTALPS_DEVICE uint32_t round_pair(float first, float second) {
   return pair;
 }
 
+// max(x, slope * x) of two bf16, products rounded to bf16.
+FASTALPS_DEVICE uint32_t leaky_words(uint32_t pair, uint32_t slopes) {
+  uint32_t scaled, result;
+  constexpr uint32_t kMinusZeros = 0x80008000;  // What added to a product leaves its sign.
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(scaled) : "r"(pair), "r"(slopes), "r"(kMinusZeros));
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(pair), "r"(scaled));
+  return result;
+}
+
 // Memory that no thread writes while the kernel runs.
 template <typename T>
 FASTALPS_DEVICE T read_only(const T* place) {
   return __ldg(place);
 }
 
-FASTALPS_DEVICE float larger(float one, float other) { return fmaxf(one, other); }
 FASTALPS_DEVICE float exponential(float value) { return __expf(value); }
 FASTALPS_DEVICE float hyperbolic_tangent(float value) { return tanhf(value); }
 FASTALPS_DEVICE float reciprocal(float value) { return __fdividef(1.0f, value); }

@@ -345,12 +345,22 @@ inline uint32_t round_pair(float first, float second) {
   return emulation::narrow(first) | emulation::narrow(second) << 16;
 }
 
+inline uint32_t leaky_words(uint32_t pair, uint32_t slopes) {
+  uint32_t result = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const float value = emulation::widen(pair >> shift & 0xffff);
+    const float slope = emulation::widen(slopes >> shift & 0xffff);
+    const float scaled = emulation::widen(emulation::narrow(value * slope));
+    result |= emulation::narrow(std::fmax(value, scaled)) << shift;
+  }
+  return result;
+}
+
 template <typename T>
 T read_only(const T* place) {
   return *place;
 }
 
-inline float larger(float one, float other) { return std::fmax(one, other); }
 inline float exponential(float value) { return std::exp(value); }
 inline float hyperbolic_tangent(float value) { return std::tanh(value); }
 inline float reciprocal(float value) { return 1.0f / value; }
