@@ -26,7 +26,7 @@ FASTALPS_DEVICE void fetch_input(const Work& work, int row, unsigned char* input
 // anchors, kThirdDown apart: so the inputs below it are those of the next tile.
 template <class S>
 FASTALPS_DEVICE void third_rows(const Lane& lane, const unsigned char* input, const uint2* weights,
-                                const float* biases, float slope, int first_row, int column,
+                                const float4* biases, float slope, int first_row, int column,
                                 unsigned char* output) {
   using In = typename S::InputMap;
   using Out = typename S::ThirdMap;
@@ -76,7 +76,7 @@ FASTALPS_DEVICE void third_rows(const Lane& lane, const unsigned char* input, co
 // not full compute a row more, which is not stored: a branch would have to wait for the sums.
 template <class S>
 FASTALPS_DEVICE void fourth_rows(const Lane& lane, const unsigned char* map, const uint2* weights,
-                                 const float* biases, float slope, int part, int column,
+                                 const float4* biases, float slope, int part, int column,
                                  unsigned char* output) {
   using In = typename S::ThirdMap;
   using Out = typename S::FourthMap;
@@ -146,15 +146,15 @@ FASTALPS_DEVICE void fourth_rows(const Lane& lane, const unsigned char* map, con
   }
 }
 
-// A row of the last layer's products, a column of taps in each of a lane's columns.
+// A row of the last layer's products of two neighbouring pixels: a lane's columns are the first two
+// taps, or twice the third, of which one lane stores the first pixel's and the next the second's.
 template <class S>
-FASTALPS_DEVICE void put_products(const Lane& lane, float* place, const float (&sums)[4]) {
-  if (lane.quad < 2) {
-    *reinterpret_cast<float2*>(place + lane.quad * S::plane_at(2)) = float2{sums[0], sums[2]};
-  }
-  if (lane.quad == 0) {
-    *reinterpret_cast<float2*>(place + S::plane_at(1)) = float2{sums[1], sums[3]};
-  }
+FASTALPS_DEVICE void put_products(const Lane& lane, float* products, int pixel,
+                                  const float (&sums)[4]) {
+  store_if(lane.quad == 0, products + 2 * pixel, sums);
+  const int second = lane.quad / 2;
+  store_if(lane.quad % 3 != 0, products + S::kThirdTapAt + pixel + second,
+           second != 0 ? sums[2] : sums[0]);
 }
 
 // The last two layers, of stride 1: a share of the rows, the columns of one side. A row of inputs
@@ -163,7 +163,7 @@ FASTALPS_DEVICE void put_products(const Lane& lane, float* place, const float (&
 // last row of zeros in their place, whatever the inputs behind theirs are.
 template <class S>
 FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const uint2* weights,
-                               const uint2* last_weights, const float* biases, float slope,
+                               const uint2* last_weights, const float4* biases, float slope,
                                int part, int side, float* products) {
   constexpr int kAcross = S::kFifthAcross, kSteps = S::kFifthSteps;
   using In = typename S::FourthMap;
@@ -180,8 +180,7 @@ FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const
     const int cell = first_row * S::kPitch + S::run_at(side, tap + lane.row / 8) + lane.row % 8;
     corner[step] = map + In::chunk(chunk % kPlanes, cell);
   }
-  float* const strip =
-      products + part * S::kStripRows * S::kProductPitch + 4 * lane.group + 2 * side;
+  const int pixel = part * S::kStripRows * S::kProductPitch + 4 * lane.group + 2 * side;
   Operand next[kSteps];
   const auto load = [&](int row) {
 #pragma unroll
@@ -244,7 +243,7 @@ FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const
       add_terms(here, a, last[1][step], here, half(step, kAcross));
       add_terms(above, a, last[2][step], above, half(step, kAcross));
     }
-    put_products<S>(lane, strip + done * S::kProductPitch, above);
+    put_products<S>(lane, products, pixel + done * S::kProductPitch, above);
     if (done + 1 == kMost) break;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -252,9 +251,8 @@ FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const
       here[i] = below[i];
     }
   }
-  float* const end = strip + kMost * S::kProductPitch;
-  put_products<S>(lane, end, here);
-  put_products<S>(lane, end + S::kProductPitch, below);
+  put_products<S>(lane, products, pixel + kMost * S::kProductPitch, here);
+  put_products<S>(lane, products, pixel + (kMost + 1) * S::kProductPitch, below);
 }
 
 // Each block holds all weights and takes rows of work in turn; the reconstruction stays in
@@ -273,10 +271,12 @@ FASTALPS_DEVICE void decode(const Work& work, const uint2* weights, const float*
   const uint2* const fourth = third + S::kThirdFragments * kLanes;
   const uint2* const fifth = fourth + S::kFourthFragments * kLanes;
   const uint2* const last = fifth + S::kFifthFragments * kLanes;
-  const float* const fourth_bias = biases + S::kThird;
-  const float* const fifth_bias = fourth_bias + S::kFourth;
-  const float last_bias = read_only(fifth_bias + S::kFifth);
+  float4* const third_bias = reinterpret_cast<float4*>(shared + S::kBiasesAt);
+  const float4* const fourth_bias = third_bias + S::kThird / 2;
+  const float4* const fifth_bias = fourth_bias + S::kFourth / 2;
+  const float last_bias = read_only(biases + S::kThird + S::kFourth + S::kFifth);
   copy_chunks(shared, weights, S::kEvenAt);
+  keep_biases(third_bias, biases, (S::kThird + S::kFourth + S::kFifth) / kTileColumns);
   // The borders of the input and of the even map stay zeros.
   clear_chunks(even, S::kEvenBytes);
   clear_chunks(input, S::kInputBytes);
@@ -291,7 +291,7 @@ FASTALPS_DEVICE void decode(const Work& work, const uint2* weights, const float*
 
   for (int row = block_index(); row < rows; row += block_count()) {
     for (int item = lane.warp; item < S::kThirdItems; item += kWarps) {
-      third_rows<S>(lane, input, third, biases, work.slope,
+      third_rows<S>(lane, input, third, third_bias, work.slope,
                     item / S::kThirdColumns * 2 * S::kThirdDown, item % S::kThirdColumns, odd);
     }
     barrier();

@@ -237,7 +237,29 @@ struct Biases {
       four[across][1] = four[across][3] = read_only(biases + channel + 1);
     }
   }
+
+  // Of those that `keep_biases` has stored.
+  FASTALPS_DEVICE Biases(const Lane& lane, const float4* kept, int first_column) {
+#pragma unroll
+    for (int across = 0; across < kAcross; ++across) {
+      const float4 mine = kept[(first_column + across) * 4 + lane.quad];
+      four[across][0] = mine.x;
+      four[across][1] = mine.y;
+      four[across][2] = mine.z;
+      four[across][3] = mine.w;
+    }
+  }
 };
+
+// Biases in shared memory, each pair of them twice: as the four registers that a product begins
+// with. Where the compiler knows two of these to be equal, it copies them before each product.
+FASTALPS_DEVICE void keep_biases(float4* kept, const float* biases, int columns) {
+#pragma unroll 1
+  for (int item = thread_index(); item < columns * 4; item += kBlock) {
+    const float first = read_only(biases + 2 * item), second = read_only(biases + 2 * item + 1);
+    kept[item] = float4{first, second, first, second};
+  }
+}
 
 template <int kAcross>
 FASTALPS_DEVICE void start_sums(float (&sums)[kAcross][4], const Biases<kAcross>& biases) {

@@ -15,16 +15,17 @@ FASTALPS_DEVICE void find_logits(const float* products, float bias, int y, int x
 #pragma unroll
   for (float& logit : logits) logit = bias;
   const auto add = [&](int strip, int line) {
-    const float* const place = products + (strip * S::kStripRows + line) * S::kProductPitch + x;
-    // Of the left column those from x - 1 on, of the right one those from x + 1 on.
-    const float4 left = *reinterpret_cast<const float4*>(place + S::plane_at(0));
-    const float4 middle = *reinterpret_cast<const float4*>(place + S::plane_at(1));
-    const float4 right = *reinterpret_cast<const float4*>(place + S::plane_at(2) + 2);
-    const float before = x > 0 ? place[S::plane_at(0) - 1] : 0.0f;
-    const float after = place[S::plane_at(2) + 1];
-    const float lefts[4] = {before, left.x, left.y, left.z};
-    const float middles[4] = {middle.x, middle.y, middle.z, middle.w};
-    const float rights[4] = {after, right.x, right.y, right.z};
+    const int pixel = (strip * S::kStripRows + line) * S::kProductPitch + x;
+    // Of the first column of taps the products from x - 1 on, of the third those from x + 1 on.
+    const float* const place = products + 2 * pixel;
+    const float* const third = products + S::kThirdTapAt + pixel;
+    const float4 first_two = *reinterpret_cast<const float4*>(place);
+    const float4 last_two = *reinterpret_cast<const float4*>(place + 4);
+    const float4 right = *reinterpret_cast<const float4*>(third + 2);
+    const float before = x > 0 ? place[-2] : 0.0f;
+    const float lefts[4] = {before, first_two.x, first_two.z, last_two.x};
+    const float middles[4] = {first_two.y, first_two.w, last_two.y, last_two.w};
+    const float rights[4] = {third[1], right.x, right.y, right.z};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       logits[i] += lefts[i] + middles[i];

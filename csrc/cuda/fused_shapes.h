@@ -213,10 +213,10 @@ struct DecodeShape {
   }
   // The fifth layer's tiles have the columns of two remainders, 2 * `side` and the next. For its
   // three taps it needs four runs: from the column before the first kind to that after the second.
-  FASTALPS_INDEX static int run_at(int side, int run) {
-    return side == 0 ? (run == 0 ? kind_at(3) - 1 : kind_at(run - 1))
-                     : (run == 3 ? kind_at(0) + 1 : kind_at(run + 1));
-  }
+  // Their cells are 5 bits each of a word, which takes fewer instructions than to compute them.
+  static constexpr int kRuns = (kind_at(3) - 1) | kind_at(0) << 5 | kind_at(1) << 10 |
+                               kind_at(2) << 15 | kind_at(3) << 20 | (kind_at(0) + 1) << 25;
+  FASTALPS_INDEX static int run_at(int side, int run) { return kRuns >> 5 * (2 * side + run) & 31; }
 
   static constexpr int kThirdFragments = fragments(9, kInputs, kThird);
   static constexpr int kFourthFragments = fragments(9, kThird, kFourth);
@@ -241,28 +241,28 @@ struct DecodeShape {
   using FourthShares = Shares<kHalf, kWarps / kFourthColumns>;
   using FifthShares = Shares<kSize, kWarps / 2>;
 
-  // Floats of the last layer's products: for each column of taps a plane, in which each strip of
-  // rows has one row more on either side, for its neighbours. The pairs of planes 0 and 2, which
-  // are stored at once, meet different banks; two cells off, plane 2 is aligned to 16 bytes.
+  // Floats of the last layer's products: of a pixel those of the first two columns of taps side by
+  // side, as a lane has them, then those of the third. Each strip of rows has one row more on
+  // either side, for its neighbours. Two cells off, what is right of four pixels is aligned.
   static constexpr int kStripRows = FifthShares::kMost + 2, kProductPitch = 4 * kRun;
-  static constexpr int kPlane = FifthShares::kParts * kStripRows * kProductPitch;
-  FASTALPS_INDEX static int plane_at(int tap) {
-    return tap == 0 ? 0 : tap == 2 ? kPlane + 2 : 2 * kPlane + 4;
-  }
+  static constexpr int kProductPixels = FifthShares::kParts * kStripRows * kProductPitch;
+  static constexpr int kThirdTapAt = 2 * kProductPixels + 2;
+  static constexpr int kProducts = kThirdTapAt + kProductPixels + 2;
 
-  // Shared memory: weights; the even map; the odd map, later the products; the input; the warps'
-  // sums.
+  // Shared memory: weights; the even map; the odd map, later the products; the input; biases, see
+  // `keep_biases`; the warps' sums.
   static constexpr int kEvenAt = kFragments * kLanes * 8;
   static constexpr int kEvenBytes = kFourth / kChunkChannels * FourthMap::kPlaneBytes;
   static constexpr int kOddAt = kEvenAt + kEvenBytes;
   static constexpr int kThirdBytes = kThird / kChunkChannels * ThirdMap::kPlaneBytes;
-  static constexpr int kProductBytes = align_up((3 * kPlane + 4) * 4, kChunkBytes);
+  static constexpr int kProductBytes = align_up(kProducts * 4, kChunkBytes);
   static constexpr int kOddBytes = kThirdBytes > kProductBytes ? kThirdBytes : kProductBytes;
   // In the products' place, at last: residuals, and their means along rows.
   static_assert(2 * kSize * kSize * 4 <= kOddBytes);
   static constexpr int kInputAt = kOddAt + kOddBytes;
   static constexpr int kInputBytes = kInputs / kChunkChannels * InputMap::kPlaneBytes;
-  static constexpr int kSumsAt = kInputAt + kInputBytes;
+  static constexpr int kBiasesAt = kInputAt + kInputBytes;
+  static constexpr int kSumsAt = kBiasesAt + (kThird + kFourth + kFifth) * 8;
   static constexpr int kSharedBytes = kSumsAt + kWarps * 4;
 };
 

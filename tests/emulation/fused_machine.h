@@ -341,6 +341,13 @@ inline void copy_async(unsigned char* target, const void* source) {
 }
 inline void await_copies() { emulation::Machine::current->finish_copies(); }
 
+inline void store_if(bool stored, float* place, float value) {
+  if (stored) *place = value;
+}
+inline void store_if(bool stored, float* place, const float (&values)[4]) {
+  if (stored) std::memcpy(place, values, sizeof values);
+}
+
 inline uint32_t round_pair(float first, float second) {
   return emulation::narrow(first) | emulation::narrow(second) << 16;
 }
