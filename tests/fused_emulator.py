@@ -44,7 +44,7 @@ class Problem(ctypes.Structure):
         + [(name, ctypes.c_int64) for name in ("first_perturbed", "bound")]
         + [("slope", ctypes.c_double), ("strength", ctypes.c_double), ("smoothing", ctypes.c_int64)]
         + [(name, ctypes.c_void_p) for name in ("weights", "biases", "maps", "latents", "errors")]
-        + [(name, ctypes.c_int64) for name in ("kernel", "blocks", "descending")]
+        + [(name, ctypes.c_int64) for name in ("kernel", "blocks", "descending", "has_stmatrix")]
     )
 
 
@@ -54,6 +54,8 @@ class Counts(NamedTuple):
     multiplies: int
     loads: int
     load_cycles: int
+    stores: int
+    store_cycles: int
 
 
 def build(
@@ -107,6 +109,7 @@ class Emulation:
         chunk: int | None = None,
         blocks: int = 1,
         descending: bool = False,
+        has_stmatrix: bool = True,
     ) -> None:
         config = model.config
         self.library = library
@@ -157,6 +160,7 @@ class Emulation:
             errors=self.errors.data_ptr(),
             blocks=blocks,
             descending=descending,
+            has_stmatrix=has_stmatrix,
         )
 
     def run(self, kernel: str) -> Counts:
@@ -165,7 +169,7 @@ class Emulation:
         said = self.library.fused_emulate(ctypes.byref(self.problem)).decode()
         if said:
             raise RuntimeError(f"{kernel}: {said}")
-        found = (ctypes.c_int64 * 3)()
+        found = (ctypes.c_int64 * 5)()
         self.library.fused_counts(found)
         return Counts(*found)
 

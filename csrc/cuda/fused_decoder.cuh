@@ -58,16 +58,25 @@ FASTALPS_DEVICE void third_rows(const Lane& lane, const unsigned char* input, co
       }
     }
   }
+  unsigned char* const first_place = output + Out::chunk(column, S::third_cell(2 * first_row, 0));
 #pragma unroll
   for (int row = 0; row < 2 * kDown; ++row) {
+    uint32_t pairs[4];
 #pragma unroll
     for (int phase = 0; phase < 4; ++phase) {
-      const int y = 2 * (first_row + row) + phase / 2, x = 2 * lane.group + phase % 2;
       const float* const mine = sums[row % kDown][phase][0] + 2 * (row / kDown);
-      const uint32_t pair = leaky_pair(mine[0], mine[1], slope);
-      put(output + Out::chunk(column, S::third_cell(y, x)) + 4 * lane.quad,
-          y < S::kHalf && x < S::kHalf ? pair : 0);
+      pairs[phase] = leaky_pair(mine[0], mine[1], slope);
+      // The last rows and columns may be outside, where all is zeros.
+      const int up = phase / 2, left = phase % 2;
+      if (left + 2 * (S::kRun - 1) >= S::kHalf && left + 2 * lane.group >= S::kHalf) {
+        pairs[phase] = 0;
+      }
+      if (up + 2 * (S::kRun - 2 * kDown + row) >= S::kHalf &&
+          up + 2 * (first_row + row) >= S::kHalf) {
+        pairs[phase] = 0;
+      }
     }
+    put_tiles(lane, pairs, true, first_place + Out::chunk(0, S::third_cell(2 * row, 0)));
   }
 }
 
@@ -85,6 +94,7 @@ FASTALPS_DEVICE void fourth_rows(const Lane& lane, const unsigned char* map, con
   const unsigned char* const corner =
       map + In::chunk(lane.half, first_row * S::kHalfPitch + lane.row);
   const bool full = S::FourthShares::full(part);
+  unsigned char* const first_place = output + Out::chunk(column, S::fourth_cell(2 * first_row, 0));
   // To the right of even anchors are odd ones, then even ones.
   const int right = lane.row < 8 ? S::kRun + lane.row : lane.row - 7;
   const unsigned char* const after = map + In::chunk(lane.half, first_row * S::kHalfPitch + right);
@@ -128,20 +138,20 @@ FASTALPS_DEVICE void fourth_rows(const Lane& lane, const unsigned char* map, con
     if (row == 0) continue;
     const int done = row - 1;
 #pragma unroll
-    for (int phase = 0; phase < 4; ++phase) {
-      const float (&mine)[4] = sums[done % 2][phase];
+    for (int down = 0; down < 2; ++down) {
+      uint32_t pairs[4];
 #pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
-        const int kind = 2 * odd + phase % 2;  // The column is four times the group more.
-        const uint32_t pair = leaky_pair(mine[2 * odd], mine[2 * odd + 1], slope);
-        const int y = 2 * (first_row + done) + phase / 2;
-        const int cell = S::fourth_cell(y, kind) + lane.group;
-        // An odd size has no last row of the lower phase.
-        if (4 * lane.group + kind < S::kSize && (S::kSize % 2 == 0 || y < S::kSize) &&
-            (done + 1 < kMost || full)) {
-          put(output + Out::chunk(column, cell) + 4 * lane.quad, pair);
-        }
+      for (int kind = 0; kind < 4; ++kind) {
+        const float* const mine = sums[done % 2][2 * down + kind % 2] + 2 * (kind / 2);
+        pairs[kind] = leaky_pair(mine[0], mine[1], slope);
+        // The next layer reads zeros behind the last column.
+        if (kind == S::kSize % 4 && 4 * lane.group + kind == S::kSize) pairs[kind] = 0;
       }
+      // An odd size has no last row of the lower phase.
+      const bool stored = (done + 1 < kMost || full) &&
+                          (S::kSize % 2 == 0 || 2 * (first_row + done) + down < S::kSize);
+      put_tiles(lane, pairs, stored, first_place + Out::chunk(0, (2 * done + down) * S::kPitch),
+                kChunkBytes);
     }
   }
 }
@@ -290,7 +300,10 @@ FASTALPS_DEVICE void decode(const Work& work, const uint2* weights, const float*
   barrier();
 
   for (int row = block_index(); row < rows; row += block_count()) {
-    for (int item = lane.warp; item < S::kThirdItems; item += kWarps) {
+#pragma unroll
+    for (int i = 0; i < divide_up(S::kThirdItems, kWarps); ++i) {
+      const int item = lane.warp + i * kWarps;
+      if (S::kThirdItems % kWarps != 0 && item >= S::kThirdItems) break;
       third_rows<S>(lane, input, third, third_bias, work.slope,
                     item / S::kThirdColumns * 2 * S::kThirdDown, item % S::kThirdColumns, odd);
     }
@@ -298,21 +311,23 @@ FASTALPS_DEVICE void decode(const Work& work, const uint2* weights, const float*
     if (row + block_count() < rows) fetch_input<S>(work, row + block_count(), input);
     fourth_rows<S>(lane, odd, fourth, fourth_bias, work.slope, lane.warp / S::kFourthColumns,
                    lane.warp % S::kFourthColumns, even);
-    // Read long before they are needed. There are one or two passes.
+    // Read long before they are needed. There are one or two passes. Where this thread's pixels are
+    // is found in each pass anew, as the layers' loops need the registers that would keep it.
     const Patch patch = find_patch(work, row >> (work.passes - 1));
-    const Targets targets(work.source, lane, patch);
+    const Lane mine(thread_index_anew());
+    const Targets targets(work.source, mine, patch);
     barrier();
     last_rows<S>(lane, even, fifth, last, fifth_bias, work.slope, lane.warp / 2, lane.warp % 2,
                  products);
     barrier();
 
     float sum = 0.0f, off[4] = {};
-    if (Targets::inside(lane, 0)) {
+    if (Targets::inside(mine, 0)) {
       float logits[4];
-      find_logits<S>(products, last_bias, Targets::row(lane, 0), Targets::column(lane, 0), logits);
+      find_logits<S>(products, last_bias, Targets::row(mine, 0), Targets::column(mine, 0), logits);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (!Targets::inside(lane, i)) continue;
+        if (!Targets::inside(mine, i)) continue;
         off[i] = reciprocal(1.0f + exponential(-logits[i])) - targets.unit(work.source, i);
         sum += off[i] * off[i];
       }
@@ -321,22 +336,22 @@ FASTALPS_DEVICE void decode(const Work& work, const uint2* weights, const float*
       barrier();  // The products have been read.
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int pixel = Targets::row(lane, i) * S::kSize + Targets::column(lane, i);
-        if (Targets::inside(lane, i)) products[pixel] = off[i];
+        const int pixel = Targets::row(mine, i) * S::kSize + Targets::column(mine, i);
+        if (Targets::inside(mine, i)) products[pixel] = off[i];
       }
       sum = smoothed_squares<S>(work, products);
     }
     // In a fixed order, so that a score has the same bits in every run.
 #pragma unroll
     for (int distance = kLanes / 2; distance > 0; distance /= 2) sum += shuffle_down(sum, distance);
-    if (lane.index == 0) warp_sums[lane.warp] = sum;
+    if (mine.index == 0) warp_sums[mine.warp] = sum;
     await_copies();
     barrier();
     if (thread_index() == 0) {
       float total = 0.0f;
       for (int warp = 0; warp < kWarps; ++warp) total += warp_sums[warp];
       work.errors[(row & (work.passes - 1)) * work.source.total + patch.place] =
-          total / (S::kSize * S::kSize);
+          total * (1.0f / (S::kSize * S::kSize));
     }
   }
 }

@@ -103,16 +103,22 @@ struct Pixels {
   uint32_t raw[kCount];
 
   FASTALPS_DEVICE Pixels(const Source& source, const Lane& lane, const Patch& patch) {
-    int64_t place = patch.origin + Places::row(lane) * source.row_stride +
-                    Places::column(lane) * source.column_stride;
+    const int64_t first = patch.origin + Places::row(lane) * source.row_stride +
+                          Places::column(lane) * source.column_stride;
+    const int64_t step = Places::kDown * source.row_stride + Places::kRight * source.column_stride;
+    if (source.bytes) {
+      read(static_cast<const uint8_t*>(source.pixels) + first, step, lane);
+    } else {
+      read(static_cast<const uint32_t*>(source.pixels) + first, step, lane);
+    }
+  }
+
+  template <typename T>
+  FASTALPS_DEVICE void read(const T* place, int64_t step, const Lane& lane) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      raw[i] = 0;
-      if (inside(lane, i)) {
-        raw[i] = source.bytes ? read_only(static_cast<const uint8_t*>(source.pixels) + place)
-                              : read_only(static_cast<const uint32_t*>(source.pixels) + place);
-      }
-      place += Places::kDown * source.row_stride + Places::kRight * source.column_stride;
+      raw[i] = inside(lane, i) ? read_only(place) : 0;
+      place += step;
     }
   }
 
@@ -162,6 +168,20 @@ FASTALPS_DEVICE void add_terms(float (&sums)[4], const Operand& a, uint2 b, cons
 
 FASTALPS_DEVICE void put(unsigned char* place, uint32_t pair) {
   *reinterpret_cast<uint32_t*>(place) = pair;
+}
+
+// Four tiles' results of 8 pixels and 8 channels, a pair a lane, one after the other from `first`
+// on, the last one `gap` bytes further. All lanes store or none.
+FASTALPS_DEVICE void put_tiles(const Lane& lane, const uint32_t (&pairs)[4], bool stored,
+                               unsigned char* first, int gap = 0) {
+  if (stores_matrices()) {
+    store_matrices(stored, first + lane.index * kChunkBytes + (lane.index >= 24 ? gap : 0), pairs);
+  } else if (stored) {
+#pragma unroll
+    for (int tile = 0; tile < 4; ++tile) {
+      put(first + tile * 8 * kChunkBytes + (tile == 3 ? gap : 0) + lane.index * 4, pairs[tile]);
+    }
+  }
 }
 
 template <int kDown, int kAcross>

@@ -11,6 +11,12 @@
 namespace fastalps::cuda::fused {
 
 FASTALPS_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+// The same, but what depends on it is not computed before: outside of a loop, in registers.
+FASTALPS_DEVICE int thread_index_anew() {
+  int index = thread_index();
+  asm volatile("" : "+r"(index));
+  return index & 1023;  // As the compiler knows of the first one, too.
+}
 FASTALPS_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
 FASTALPS_DEVICE int block_count() { return static_cast<int>(gridDim.x); }
 FASTALPS_DEVICE void barrier() { __syncthreads(); }
@@ -84,6 +90,27 @@ FASTALPS_DEVICE void multiply_add_half(float (&sums)[4], const Operand& a, uint2
       : "=f"(sums[0]), "=f"(sums[1]), "=f"(sums[2]), "=f"(sums[3])
       : "r"(a.word[0]), "r"(a.word[1]), "r"(b.x), "f"(start[0]), "f"(start[1]), "f"(start[2]),
         "f"(start[3]));
+}
+
+// Whether four 8 x 8 matrices of bf16, each a result's pair a lane, can be stored at once: each lane
+// gives the address of a row, of matrix `index` / 8 the row `index` % 8.
+FASTALPS_DEVICE constexpr bool stores_matrices() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return true;
+#else
+  return false;
+#endif
+}
+FASTALPS_DEVICE void store_matrices(bool stored, unsigned char* row, const uint32_t (&words)[4]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.s32 p, %0, 0;\n"
+      " @p stmatrix.sync.aligned.m8n8.x4.shared.b16 [%1], {%2, %3, %4, %5};\n}" ::"r"(
+          static_cast<int>(stored)),
+      "r"(address), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+      : "memory");
+#endif
 }
 
 // Stores of some lanes into shared memory, without a branch: products in flight would be waited

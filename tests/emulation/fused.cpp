@@ -25,7 +25,7 @@ struct Problem {
   unsigned char* maps;
   float* latents;
   float* errors;
-  int64_t kernel, blocks, descending;
+  int64_t kernel, blocks, descending, has_stmatrix;
 };
 
 std::string message;
@@ -33,7 +33,7 @@ emulation::Counts counts;
 
 template <typename Kernel>
 void run_kernel(const Problem& problem, int shared_bytes, Kernel&& kernel) {
-  emulation::Machine machine(problem.descending != 0);
+  emulation::Machine machine(problem.descending != 0, problem.has_stmatrix != 0);
   for (int block = 0; block < problem.blocks && message.empty(); ++block) {
     message = machine.run(block, static_cast<int>(problem.blocks), shared_bytes, kernel);
   }
@@ -139,11 +139,14 @@ extern "C" const char* fused_emulate(const Problem* problem) {
   return message.c_str();
 }
 
-// Of the last run: mma instructions, ldmatrix instructions, and the cycles that these take.
+// Of the last run: mma instructions, then those of ldmatrix and the cycles that they take, and of
+// stmatrix.
 extern "C" void fused_counts(int64_t* found) {
   found[0] = counts.multiplies;
   found[1] = counts.loads;
   found[2] = counts.load_cycles;
+  found[3] = counts.stores;
+  found[4] = counts.store_cycles;
 }
 
 // Sizes of a shape: fragments, biases, scratch and latent values a patch, then the shared memory

@@ -46,7 +46,7 @@ namespace emulation {
 
 using fastalps::cuda::fused::Operand;
 
-enum class State { kReady, kMultiply, kLoad, kShuffle, kBarrier, kDone };
+enum class State { kReady, kMultiply, kLoad, kStore, kShuffle, kBarrier, kDone };
 
 struct Thread {
   State state = State::kReady;
@@ -60,6 +60,8 @@ struct Thread {
   const unsigned char* address;
   int matrices;
   Operand loaded;
+  unsigned char* target;
+  uint32_t stored[4];
   float value;
   int distance;
   // Copies that were started: done as late as they may be, when they are waited for.
@@ -67,7 +69,7 @@ struct Thread {
 };
 
 struct Counts {
-  int64_t multiplies = 0, loads = 0, load_cycles = 0;
+  int64_t multiplies = 0, loads = 0, load_cycles = 0, stores = 0, store_cycles = 0;
 };
 
 inline float widen(uint32_t half) {
@@ -92,7 +94,10 @@ class Machine {
   int thread = 0, block = 0, blocks = 1;
   Counts counts;
 
-  explicit Machine(bool descending) : descending_(descending), stacks_(kThreads * kStack) {}
+  const bool stores_matrices;
+
+  Machine(bool descending, bool has_stmatrix)
+      : stores_matrices(has_stmatrix), descending_(descending), stacks_(kThreads * kStack) {}
 
   // Runs one block; the empty string where nothing was wrong.
   std::string run(int block_number, int block_total, int shared_bytes,
@@ -186,6 +191,7 @@ class Machine {
       if (!error_.empty() || state == State::kBarrier || state == State::kDone) return state;
       if (state == State::kMultiply) multiply(lanes);
       if (state == State::kLoad) load(lanes);
+      if (state == State::kStore) store(lanes);
       if (state == State::kShuffle) shuffle(lanes);
       if (!error_.empty()) return state;
       for (int lane = 0; lane < 32; ++lane) lanes[lane].state = State::kReady;
@@ -236,39 +242,68 @@ class Machine {
   void load(Thread* lanes) {
     ++counts.loads;
     const int matrices = lanes[0].matrices;
-    for (int lane = 0; lane < 8 * matrices; ++lane) {
-      const unsigned char* address = lanes[lane].address;
-      if (address < shared_ || address + 16 > shared_ + shared_bytes_) {
-        error_ = "ldmatrix outside shared memory";
-        return;
-      }
-      if (reinterpret_cast<uintptr_t>(address) % 16 != 0) {
-        error_ = "ldmatrix at an unaligned address";
-        return;
+    const unsigned char* rows[32];
+    for (int lane = 0; lane < 32; ++lane) rows[lane] = lanes[lane].address;
+    if (!are_rows(rows, 8 * matrices)) return;
+    counts.load_cycles += cycles(rows, matrices);
+    for (int matrix = 0; matrix < matrices; ++matrix) {
+      for (int lane = 0; lane < 32; ++lane) {
+        std::memcpy(&lanes[lane].loaded.word[matrix], rows[8 * matrix + lane / 4] + lane % 4 * 4,
+                    4);
       }
     }
-    for (int matrix = 0; matrix < matrices; ++matrix) {
-      // Each 8 rows take a cycle, or as many as rows share the same four banks.
+  }
+
+  // PTX ISA, stmatrix .x4: the same the other way. No two rows may be the same here.
+  void store(Thread* lanes) {
+    ++counts.stores;
+    const unsigned char* rows[32];
+    for (int lane = 0; lane < 32; ++lane) rows[lane] = lanes[lane].target;
+    if (!are_rows(rows, 32)) return;
+    for (int row = 0; row < 32; ++row) {
+      for (int other = 0; other < row; ++other) {
+        if (rows[row] == rows[other]) error_ = "stmatrix stores two rows at one address";
+      }
+    }
+    counts.store_cycles += cycles(rows, 4);
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      for (int lane = 0; lane < 32; ++lane) {
+        std::memcpy(lanes[8 * matrix + lane / 4].target + lane % 4 * 4,
+                    &lanes[lane].stored[matrix], 4);
+      }
+    }
+  }
+
+  bool are_rows(const unsigned char* const* rows, int count) {
+    for (int row = 0; row < count; ++row) {
+      if (rows[row] < shared_ || rows[row] + 16 > shared_ + shared_bytes_) {
+        error_ = "a matrix outside shared memory";
+      } else if (reinterpret_cast<uintptr_t>(rows[row]) % 16 != 0) {
+        error_ = "a matrix at an unaligned address";
+      }
+    }
+    return error_.empty();
+  }
+
+  // Each 8 rows take a cycle, or as many as different rows share the same four banks.
+  int cycles(const unsigned char* const* rows, int matrices) const {
+    int total = 0;
+    for (; matrices > 0; --matrices, rows += 8) {
       int most = 1;
       for (int row = 0; row < 8; ++row) {
         int same = 0;
-        const unsigned char* mine = lanes[8 * matrix + row].address;
         for (int other = 0; other < 8; ++other) {
-          const unsigned char* theirs = lanes[8 * matrix + other].address;
           bool repeated = false;
           for (int before = 0; before < other; ++before) {
-            repeated = repeated || lanes[8 * matrix + before].address == theirs;
+            repeated = repeated || rows[before] == rows[other];
           }
-          same += !repeated && (mine - shared_) % 128 == (theirs - shared_) % 128;
+          same += !repeated && (rows[row] - shared_) % 128 == (rows[other] - shared_) % 128;
         }
         most = same > most ? same : most;
       }
-      counts.load_cycles += most;
-      for (int lane = 0; lane < 32; ++lane) {
-        std::memcpy(&lanes[lane].loaded.word[matrix],
-                    lanes[8 * matrix + lane / 4].address + lane % 4 * 4, 4);
-      }
+      total += most;
     }
+    return total;
   }
 
   // PTX ISA, shfl.sync.down: the value of lane + distance, or a lane's own past the end.
@@ -300,6 +335,7 @@ class Machine {
 namespace fastalps::cuda::fused {
 
 inline int thread_index() { return emulation::Machine::current->thread; }
+inline int thread_index_anew() { return thread_index(); }
 inline int block_index() { return emulation::Machine::current->block; }
 inline int block_count() { return emulation::Machine::current->blocks; }
 inline void barrier() { emulation::Machine::current->wait(emulation::State::kBarrier); }
@@ -340,6 +376,16 @@ inline void copy_async(unsigned char* target, const void* source) {
   emulation::Machine::current->start_copy(target, source);
 }
 inline void await_copies() { emulation::Machine::current->finish_copies(); }
+
+inline bool stores_matrices() { return emulation::Machine::current->stores_matrices; }
+
+inline void store_matrices(bool stored, unsigned char* row, const uint32_t (&words)[4]) {
+  if (!stored) return;  // All lanes or none: others would meet different instructions.
+  emulation::Machine* const machine = emulation::Machine::current;
+  machine->self().target = row;
+  std::memcpy(machine->self().stored, words, sizeof words);
+  machine->wait(emulation::State::kStore);
+}
 
 inline void store_if(bool stored, float* place, float value) {
   if (stored) *place = value;
