@@ -62,7 +62,7 @@ cudaError_t errors_of(const cuda::FusedCall& call, cudaStream_t stream) {
   return loaded_network(call.shape).errors(&call, stream);
 }
 
-// `scratch` (bytes): the maps and latents of `chunk` patches. With a background: `flags` (uint8, a
+// `scratch` (bytes): the maps, latents and places of `chunk` patches. With a background: `flags` (uint8, a
 // patch each) and `places` (int64: offsets of the tiles of flags, then pairs of frame and patch).
 void fused_errors(Tensor frames, MaybeTensor background, double threshold, Sizes stride, bool cover,
                   int64_t shape, Tensor weights, Tensor biases, int64_t bound, double slope,
@@ -94,7 +94,8 @@ void fused_errors(Tensor frames, MaybeTensor background, double threshold, Sizes
   check_buffer(weights, ScalarType::BFloat16, 128 * sizes.fragments, device, "weights");
   check_buffer(biases, ScalarType::Float, sizes.biases, device, "biases");
   const int64_t latent_bytes = chunk * (perturbed ? 2 : 1) * sizes.latent_bytes;
-  check_buffer(scratch, ScalarType::Byte, map_bytes + latent_bytes, device, "scratch");
+  check_buffer(scratch, ScalarType::Byte, map_bytes + latent_bytes + chunk * cuda::kPatchBytes,
+               device, "scratch");
   check_buffer(errors, ScalarType::Float, passes * total, device, "errors");
   STD_TORCH_CHECK(weights.numel() == 128 * sizes.fragments && biases.numel() == sizes.biases &&
                       errors.numel() == passes * total,
@@ -125,6 +126,7 @@ void fused_errors(Tensor frames, MaybeTensor background, double threshold, Sizes
                           chunk,
                           maps,
                           maps + map_bytes,
+                          maps + map_bytes + latent_bytes,
                           static_cast<float*>(errors.mutable_data_ptr())};
   if (background) {
     STD_TORCH_CHECK(flags && places, "fused_errors: a background needs flags and places");

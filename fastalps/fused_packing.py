@@ -36,6 +36,10 @@ SHAPES = [
 ]
 
 
+# What says where a patch is: `kPatchBytes` of csrc/cuda/fused.h.
+PATCH_BYTES = 16
+
+
 class PackedWeights(NamedTuple):
     """What the kernels read."""
 
@@ -51,7 +55,7 @@ class Sizes(NamedTuple):
 
     def bytes(self, networks: int) -> int:
         """Of a patch that so many networks (1, or 2 with the distorter) encode."""
-        return 2 * self.maps + 4 * networks * self.latent
+        return 2 * self.maps + 4 * networks * self.latent + PATCH_BYTES
 
 
 def shape_number(config: ModelConfig) -> int | None:

@@ -43,7 +43,8 @@ class Problem(ctypes.Structure):
         + [(name, ctypes.c_int64) for name in ("begin", "size", "networks", "passes")]
         + [(name, ctypes.c_int64) for name in ("first_perturbed", "bound")]
         + [("slope", ctypes.c_double), ("strength", ctypes.c_double), ("smoothing", ctypes.c_int64)]
-        + [(name, ctypes.c_void_p) for name in ("weights", "biases", "maps", "latents", "errors")]
+        + [(name, ctypes.c_void_p) for name in ("weights", "biases", "maps", "patches")]
+        + [(name, ctypes.c_void_p) for name in ("latents", "errors")]
         + [(name, ctypes.c_int64) for name in ("kernel", "blocks", "descending", "has_stmatrix")]
     )
 
@@ -125,6 +126,7 @@ class Emulation:
         shape = shape_number(config) or 0
         # Poisoned: what a kernel leaves out shows as NaN.
         self.maps = torch.full((self.chunk, self.sizes.maps), torch.nan, dtype=torch.bfloat16)
+        self.patches = torch.full((self.chunk, 2), -1, dtype=torch.int64)
         self.latents = torch.full(
             (self.chunk, self.networks, self.sizes.latent), torch.nan, dtype=torch.float32
         )
@@ -156,6 +158,7 @@ class Emulation:
             weights=packed.weights.data_ptr(),
             biases=packed.biases.data_ptr(),
             maps=self.maps.data_ptr(),
+            patches=self.patches.data_ptr(),
             latents=self.latents.data_ptr(),
             errors=self.errors.data_ptr(),
             blocks=blocks,

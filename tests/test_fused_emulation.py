@@ -491,7 +491,7 @@ def emulated_op(library: ctypes.CDLL):
             library, SimpleNamespace(config=config), PackedWeights(weights, biases), frames,
             stride, passes, edge=edge, index=index, chunk=chunk, blocks=2,
         )  # fmt: skip
-        assert scratch.numel() == run.maps.nbytes + run.latents.nbytes
+        assert scratch.numel() == run.maps.nbytes + run.patches.nbytes + run.latents.nbytes
         assert errors.shape[0] == run.passes and total == run.total
         found = run.run_all().view(errors.shape)
         errors.copy_(torch.where(found.isnan(), errors, found))

@@ -177,6 +177,8 @@ Work work_of(const FusedCall& call) {
   work.weights = static_cast<const uint2*>(call.weights);
   work.biases = call.biases;
   work.maps = static_cast<unsigned char*>(call.maps);
+  work.patches = static_cast<Patch*>(call.patches);
+  static_assert(sizeof(Patch) == kPatchBytes);
   work.latents = static_cast<float*>(call.latents);
   work.errors = call.errors;
   return work;

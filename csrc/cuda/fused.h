@@ -10,9 +10,12 @@ struct FusedSizes {
   int64_t side;          // Of the square patches, in pixels.
   int64_t fragments;     // Of weights: 128 bf16 each.
   int64_t biases;        // float32.
-  int64_t map_bytes;     // Scratch a patch.
+  int64_t map_bytes;     // Scratch a patch; 16 bytes more say where it is.
   int64_t latent_bytes;  // Scratch a network and patch.
 };
+
+// Scratch a patch that is of the same size for all shapes: where the patch is.
+constexpr int64_t kPatchBytes = 16;
 
 // Returns whether there is a shape of that number.
 bool fused_sizes(int64_t shape, FusedSizes* sizes);
@@ -34,6 +37,7 @@ struct FusedCall {
   int64_t chunk;           // Patches whose maps are in scratch at once.
   void* maps;              // chunk * map_bytes, aligned to 16 bytes.
   void* latents;           // chunk * networks * latent_bytes, aligned to 16 bytes.
+  void* patches;           // chunk * kPatchBytes, aligned to 16 bytes.
   float* errors;           // (passes, frames * patches).
 };
 

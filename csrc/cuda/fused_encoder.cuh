@@ -119,26 +119,38 @@ FASTALPS_DEVICE void encode(const Work& work, const uint2* weights, const float*
   unsigned char* const map = shared + S::kMapAt;
   uint16_t* const image = reinterpret_cast<uint16_t*>(shared + S::kImageAt);
   const uint2* const resident = reinterpret_cast<const uint2*>(shared);
+  Patch* const turns = reinterpret_cast<Patch*>(shared + S::kPatchesAt);
   copy_chunks(shared, weights, S::kMapAt);
   allow_next();
   await_previous();
   const int patches = patches_of(work);
   if (block_index() >= patches) return;
   // The borders of map and image stay zeros.
-  clear_chunks(map, S::kSharedBytes - S::kMapAt);
-  Pixels<Lines<S::kSize>> pixels(work.source, lane, find_patch(work, block_index()));
+  clear_chunks(map, S::kPatchesAt - S::kMapAt);
+  // The last warp, which has the fewest rows of the first convolution, finds for all where the next
+  // but one patch is. Kernel D reads it again.
+  const auto find = [&](int number, int turn) {
+    if (lane.warp != kWarps - 1 || number >= patches) return;
+    const Patch found = find_patch(work, number);
+    if (lane.index == 0) turns[turn] = work.patches[number] = found;
+  };
+  const Patch first = find_patch(work, block_index());
+  if (thread_index() == 0) work.patches[block_index()] = first;
+  find(block_index() + block_count(), 0);
+  Pixels<Lines<S::kSize>> pixels(work.source, lane, first);
   barrier();
 
-  for (int number = block_index(); number < patches; number += block_count()) {
+  int turn = 0;
+  for (int number = block_index(); number < patches; number += block_count(), turn ^= 1) {
     // Nobody reads the last patch's image any more: its second layer came after a barrier.
     put_image<S>(work.source, lane, pixels, image);
     barrier();
     first_convolution<S>(lane, image, resident, work.slope, map);
     // The next patch's, long before they are needed.
     if (number + block_count() < patches) {
-      const Patch next = find_patch(work, number + block_count());
-      pixels = Pixels<Lines<S::kSize>>(work.source, lane, next);
+      pixels = Pixels<Lines<S::kSize>>(work.source, lane, turns[turn]);
     }
+    find(number + 2 * block_count(), turn ^ 1);
     barrier();
     constexpr int kTiles = divide_up(S::kQuarter, 2);
     constexpr int kDownGroups = divide_up(kTiles, S::kTilesDown);

@@ -25,6 +25,11 @@ struct Source {
   const int64_t* count;  // How many pairs, on the device; null: all.
 };
 
+struct alignas(16) Patch {
+  int64_t origin;  // Of its first pixel, in elements.
+  uint32_t place;  // Among all patches.
+};
+
 // One launch of the five kernels: patches `begin` to `begin` + `size` of the list.
 struct Work {
   Source source;
@@ -39,13 +44,9 @@ struct Work {
   const uint2* weights;
   const float* biases;
   unsigned char* maps;  // Scratch, see Shape.
+  Patch* patches;       // Those of the launch: found by E, read by D.
   float* latents;       // Outputs of the networks: (size, networks, latent).
   float* errors;        // (passes, total).
-};
-
-struct Patch {
-  int64_t origin;  // Of its first pixel, in elements.
-  uint32_t place;  // Among all patches.
 };
 
 // How many of the launch's patches there are: the list's length is known to the device only.

@@ -23,6 +23,7 @@ struct Problem {
   const uint2* weights;
   const float* biases;
   unsigned char* maps;
+  Patch* patches;
   float* latents;
   float* errors;
   int64_t kernel, blocks, descending, has_stmatrix;
@@ -125,6 +126,7 @@ extern "C" const char* fused_emulate(const Problem* problem) {
                      p.weights,
                      p.biases,
                      p.maps,
+                     p.patches,
                      p.latents,
                      p.errors};
   message.clear();
