@@ -76,7 +76,8 @@ FASTALPS_DEVICE void third_rows(const Lane& lane, const unsigned char* input, co
         pairs[phase] = 0;
       }
     }
-    put_tiles(lane, pairs, true, first_place + Out::chunk(0, S::third_cell(2 * row, 0)));
+    put_tiles(lane, pairs, true, first_place + Out::chunk(0, S::third_cell(2 * row, 0)),
+              [](int phase) { return Out::chunk(0, S::third_cell(phase / 2, phase % 2)); });
   }
 }
 
@@ -151,7 +152,7 @@ FASTALPS_DEVICE void fourth_rows(const Lane& lane, const unsigned char* map, con
       const bool stored = (done + 1 < kMost || full) &&
                           (S::kSize % 2 == 0 || 2 * (first_row + done) + down < S::kSize);
       put_tiles(lane, pairs, stored, first_place + Out::chunk(0, (2 * done + down) * S::kPitch),
-                kChunkBytes);
+                [](int kind) { return Out::chunk(0, S::kind_at(kind)); });
     }
   }
 }

@@ -37,29 +37,34 @@ FASTALPS_DEVICE void first_convolution(const Lane& lane, const uint16_t* image,
     Operand a;
 #pragma unroll
     for (int lower = 0; lower < 2; ++lower) {
-      // Behind the last column there is nothing of this row; those results are not stored.
+      // Behind the last column there is nothing of this row; those results are zeros.
       const uint16_t* const corner = image + 2 * row * S::kBordered + 2 * (2 * lane.group + lower);
       const uint32_t first = corner[even_at], second = corner[odd_at];
       const uint32_t last = corner[2 * S::kBordered + 2];
-      a.word[lower] = first | second << 16;
-      a.word[2 + lower] = (lane.quad == 0   ? last
-                           : lane.quad == 1 ? kOne
-                                            : 0) |
-                          (lane.quad < 2 ? kOne << 16 : 0);
+      const bool inside = 2 * lane.group + lower < S::kHalf;
+      a.word[lower] = inside ? first | second << 16 : 0;
+      const uint32_t others = (lane.quad == 0   ? last
+                               : lane.quad == 1 ? kOne
+                                                : 0) |
+                              (lane.quad < 2 ? kOne << 16 : 0);
+      a.word[2 + lower] = inside ? others : 0;
     }
-    unsigned char* const place = map + Out::chunk(0, S::cell(row, 2 * lane.group)) + 4 * lane.quad;
-    unsigned char* const next =
-        map + Out::chunk(0, S::cell(row, 2 * lane.group + 1)) + 4 * lane.quad;
-    const bool stored[2] = {2 * lane.group < S::kHalf, 2 * lane.group + 1 < S::kHalf};
+    // Of two columns at once; behind the last pixel there are cells for zeros, or that nobody
+    // reads.
+    unsigned char* const place = map + Out::chunk(0, S::cell(row, 0));
 #pragma unroll
-    for (int column = 0; column < S::kFirstColumns; ++column) {
-      float sums[4];
-      multiply_add(sums, a, b[column], kZeros);
+    for (int column = 0; column < S::kFirstColumns; column += 2) {
+      uint32_t pairs[4];
 #pragma unroll
-      for (int lower = 0; lower < 2; ++lower) {
-        const uint32_t pair = leaky_pair(sums[2 * lower], sums[2 * lower + 1], slope);
-        if (stored[lower]) put((lower ? next : place) + Out::chunk(column, 0), pair);
+      for (int i = 0; i < 2; ++i) {
+        float sums[4];
+        multiply_add(sums, a, b[column + i], kZeros);
+        pairs[2 * i] = leaky_pair(sums[0], sums[1], slope);
+        pairs[2 * i + 1] = leaky_pair(sums[2], sums[3], slope);
       }
+      put_tiles(lane, pairs, true, place + Out::chunk(column, 0), [](int tile) {
+        return Out::chunk(tile / 2, S::cell(0, tile % 2) - S::cell(0, 0));
+      });
     }
   }
 }
@@ -69,7 +74,7 @@ FASTALPS_DEVICE void first_convolution(const Lane& lane, const uint16_t* image,
 // `weights` and `biases` begin at the first of the columns.
 template <class S>
 FASTALPS_DEVICE void second_convolution(const Lane& lane, const unsigned char* map,
-                                        const uint2* weights, const float* biases, float slope,
+                                        const uint2* weights, const float2* biases, float slope,
                                         int first_tile, unsigned char* output) {
   using In = typename S::FirstMap;
   constexpr int kAcross = S::kTilesAcross, kDown = S::kTilesDown;
@@ -119,14 +124,16 @@ FASTALPS_DEVICE void encode(const Work& work, const uint2* weights, const float*
   unsigned char* const map = shared + S::kMapAt;
   uint16_t* const image = reinterpret_cast<uint16_t*>(shared + S::kImageAt);
   const uint2* const resident = reinterpret_cast<const uint2*>(shared);
+  const float2* const second_biases = reinterpret_cast<const float2*>(shared + S::kBiasesAt);
   Patch* const turns = reinterpret_cast<Patch*>(shared + S::kPatchesAt);
   copy_chunks(shared, weights, S::kMapAt);
+  copy_chunks(shared + S::kBiasesAt, biases + 2 * S::kFirst, 2 * S::kSecond * 4);
   allow_next();
   await_previous();
   const int patches = patches_of(work);
   if (block_index() >= patches) return;
   // The borders of map and image stay zeros.
-  clear_chunks(map, S::kPatchesAt - S::kMapAt);
+  clear_chunks(map, S::kBiasesAt - S::kMapAt);
   // The last warp, which has the fewest rows of the first convolution, finds for all where the next
   // but one patch is. Kernel D reads it again.
   const auto find = [&](int number, int turn) {
@@ -155,7 +162,8 @@ FASTALPS_DEVICE void encode(const Work& work, const uint2* weights, const float*
     constexpr int kTiles = divide_up(S::kQuarter, 2);
     constexpr int kDownGroups = divide_up(kTiles, S::kTilesDown);
     constexpr int kAcrossGroups = S::kSecond / kTileColumns / S::kTilesAcross;
-    for (int item = lane.warp; item < work.networks * kDownGroups * kAcrossGroups; item += kWarps) {
+    const uint32_t items = work.networks * kDownGroups * kAcrossGroups;
+    for (uint32_t item = lane.warp; item < items; item += kWarps) {
       const int first_column = item % kAcrossGroups * S::kTilesAcross;
       const int down_group = item / kAcrossGroups % kDownGroups;
       const int network = item / (kAcrossGroups * kDownGroups);
@@ -163,7 +171,7 @@ FASTALPS_DEVICE void encode(const Work& work, const uint2* weights, const float*
       const int first_channel = first_column * kTileColumns;
       second_convolution<S>(
           lane, map + S::FirstMap::chunk(network * (S::kFirst / kChunkChannels), 0),
-          resident + place * kLanes, biases + 2 * S::kFirst + network * S::kSecond + first_channel,
+          resident + place * kLanes, second_biases + (network * S::kSecond + first_channel) / 2,
           work.slope, down_group * S::kTilesDown,
           work.maps + (static_cast<int64_t>(number) * work.networks + network) * S::kOutputs * 2 +
               first_channel * 2);

@@ -171,17 +171,17 @@ FASTALPS_DEVICE void put(unsigned char* place, uint32_t pair) {
   *reinterpret_cast<uint32_t*>(place) = pair;
 }
 
-// Four tiles' results of 8 pixels and 8 channels, a pair a lane, one after the other from `first`
-// on, the last one `gap` bytes further. All lanes store or none.
+// Four tiles' results of 8 pixels and 8 channels, a pair a lane; the pixels are neighbours, tile
+// i's begin at offset(i). All lanes store or none.
+template <class Offset>
 FASTALPS_DEVICE void put_tiles(const Lane& lane, const uint32_t (&pairs)[4], bool stored,
-                               unsigned char* first, int gap = 0) {
+                               unsigned char* first, const Offset& offset) {
   if (stores_matrices()) {
-    store_matrices(stored, first + lane.index * kChunkBytes + (lane.index >= 24 ? gap : 0), pairs);
+    const int tile = lane.index / 8, pixel = lane.index % 8;
+    store_matrices(stored, first + (offset(tile) + pixel * kChunkBytes), pairs);
   } else if (stored) {
 #pragma unroll
-    for (int tile = 0; tile < 4; ++tile) {
-      put(first + tile * 8 * kChunkBytes + (tile == 3 ? gap : 0) + lane.index * 4, pairs[tile]);
-    }
+    for (int tile = 0; tile < 4; ++tile) put(first + offset(tile) + lane.index * 4, pairs[tile]);
   }
 }
 
@@ -210,17 +210,34 @@ FASTALPS_DEVICE void clear_chunks(unsigned char* target, int bytes) {
   }
 }
 
-// Sums of tiles packed for `joint_channel` begin with the biases of their channels.
+// Sums of tiles packed for `joint_channel` begin with the biases of their channels, in pairs.
+template <int kDown, int kAcross, class Pair>
+FASTALPS_DEVICE void start_pairs(float (&sums)[kDown][kAcross][4], const Pair& pair) {
+#pragma unroll
+  for (int across = 0; across < kAcross; ++across) {
+    const float2 bias = pair(across);
+#pragma unroll
+    for (int part = 0; part < 4 * kDown; ++part) {
+      sums[part / 4][across][part % 4] = part % 2 == 0 ? bias.x : bias.y;
+    }
+  }
+}
+
 template <int kDown, int kAcross>
 FASTALPS_DEVICE void start_joint(const Lane& lane, const float* biases,
                                  float (&sums)[kDown][kAcross][4]) {
-#pragma unroll
-  for (int across = 0; across < kAcross; ++across) {
-    const float* const mine = biases + joint_channel<kAcross>(lane.quad) + 2 * across;
-    const float bias[2] = {read_only(mine), read_only(mine + 1)};
-#pragma unroll
-    for (int part = 0; part < 4 * kDown; ++part) sums[part / 4][across][part % 4] = bias[part % 2];
-  }
+  const float* const mine = biases + joint_channel<kAcross>(lane.quad);
+  start_pairs(sums, [&](int across) {
+    return float2{read_only(mine + 2 * across), read_only(mine + 2 * across + 1)};
+  });
+}
+
+// The same of biases in shared memory.
+template <int kDown, int kAcross>
+FASTALPS_DEVICE void start_joint(const Lane& lane, const float2* biases,
+                                 float (&sums)[kDown][kAcross][4]) {
+  const float2* const mine = biases + joint_channel<kAcross>(lane.quad) / 2;
+  start_pairs(sums, [&](int across) { return mine[across]; });
 }
 
 // One row's results of kAcross tiles, packed for `joint_channel`: 4 * kAcross bytes a lane. They

@@ -92,8 +92,8 @@ FASTALPS_DEVICE void multiply_add_half(float (&sums)[4], const Operand& a, uint2
         "f"(start[3]));
 }
 
-// Whether four 8 x 8 matrices of bf16, each a result's pair a lane, can be stored at once: each lane
-// gives the address of a row, of matrix `index` / 8 the row `index` % 8.
+// Whether four 8 x 8 matrices of bf16, each a result's pair a lane, can be stored at once: each
+// lane gives the address of a row, of matrix `index` / 8 the row `index` % 8.
 FASTALPS_DEVICE constexpr bool stores_matrices() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   return true;

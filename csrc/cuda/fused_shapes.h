@@ -38,10 +38,12 @@ struct EncodeShape {
   static constexpr int kTilesAcross = kSecond / kTileColumns / 2;
   static_assert(kFirst % 16 == 0 && kSecond % 16 == 0);
 
-  // Shared memory: weights, the first map, the bordered image, where two patches are.
+  // Shared memory: weights, the first map, the bordered image, the second layer's biases, where two
+  // patches are.
   static constexpr int kMapAt = kFragments * kLanes * 8;
   static constexpr int kImageAt = kMapAt + 2 * kFirst / kChunkChannels * FirstMap::kPlaneBytes;
-  static constexpr int kPatchesAt = align_up(kImageAt + kBordered * kBordered * 2, kChunkBytes);
+  static constexpr int kBiasesAt = align_up(kImageAt + kBordered * kBordered * 2, kChunkBytes);
+  static constexpr int kPatchesAt = kBiasesAt + 2 * kSecond * 4;
   static constexpr int kSharedBytes = kPatchesAt + 2 * kChunkBytes;
 };
 
