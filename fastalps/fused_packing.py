@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalps.inference import fold_batch_norm
-from fastalps.models import ALPS, PRESETS, ModelConfig
+from fastalps.models import ALPS, PRESETS, Decoder, ModelConfig
 from fastalps.rounding import round_taps
 
 # Terms and outputs of a fragment: B of mma m16n8k16.
@@ -108,46 +108,63 @@ def pack_fused(model: ALPS) -> PackedWeights:
         distorter = [(torch.zeros_like(w), torch.zeros_like(b)) for w, b in encoder]
     else:
         distorter = _convolutions(network.distorter.encoder)
+    height, width = network.config.map_sizes()[4]
     pairs = list(zip(encoder, distorter, strict=True))
-    first = pairs[0]
-    matrices: list[Tensor] = []
-    biases: list[Tensor] = []
+    encoders, decoder = _pack_encoders(pairs, height * width), _pack_decoder(network.decoder)
+    weights, biases = (torch.cat(one + other) for one, other in zip(encoders, decoder, strict=True))
+    biases = nn.functional.pad(biases, (0, OUTPUTS - 1))  # After the one of the last layer.
+    return PackedWeights(weights.to(torch.bfloat16).contiguous(), biases.float())
+
+
+Parts = tuple[list[Tensor], list[Tensor]]  # Fragments and biases.
+
+
+def _pack_encoders(pairs: Sequence[Sequence[tuple[Tensor, Tensor]]], pixels: int) -> Parts:
+    """Weights and biases of both networks, layer by layer; `pixels`: of the last map."""
+    first, second, third, fourth = pairs
     # The kernels read pixels in gray levels, which bf16 holds exactly, and ones for the biases.
     taps = torch.cat([_terms(_rounded(weight / 255)) for weight, _ in first], 1)
-    matrices.append(torch.cat([taps, _parts(torch.cat([bias for _, bias in first]))]))
-    biases += [bias for _, bias in first]
-    # The last layer's pixels are summed, not averaged.
-    pixels = [1, 1, network.config.map_sizes()[4][0] * network.config.map_sizes()[4][1]]
-    for number, (layers, count) in enumerate(zip(pairs[1:], pixels, strict=True)):
-        found = [_terms(_rounded(weight / count)) for weight, _ in layers]
-        matrices += [_joint(one, one.shape[1] // 16) for one in found] if number == 0 else found
-        biases += [bias for _, bias in layers]
-    decoder = network.decoder
+    packed = [fragments(torch.cat([taps, _parts(torch.cat([bias for _, bias in first]))]))]
+    for weight, _ in second:
+        across = weight.shape[0] // (2 * OUTPUTS)  # Tiles of one of two groups of columns.
+        found = fragments(_joint(_terms(_rounded(weight)), across))
+        packed.append(_twins(found.unflatten(0, (-1, across))))
+    packed += [fragments(_terms(_rounded(weight))) for weight, _ in third]
+    # Its pixels are summed, not averaged.
+    packed += [fragments(_terms(_rounded(weight / pixels))) for weight, _ in fourth]
+    return packed, [bias for layers in pairs for _, bias in layers]
+
+
+def _pack_decoder(decoder: Decoder) -> Parts:
     start, cells = decoder.start[0], decoder.start[1] * decoder.start[2]
     # From (channel, pixel), the order of its outputs, to (pixel, channel).
     dense, bias = (
         value.unflatten(0, (start, cells)).transpose(0, 1).flatten(0, 1)
         for value in (decoder.dense.weight, decoder.dense.bias)
     )
-    matrices.append(_joint(dense.T, 4))
-    biases.append(bias)
-    transposed = [layer for layer in decoder.layers if isinstance(layer, nn.ConvTranspose2d)]
-    for layer in transposed:
-        phases = EVERY_TAP if layer.stride == (1, 1) else PHASES
-        weight = _rounded(layer.weight.transpose(0, 1), phases)
-        # With stride 1 it is a convolution by the mirrored kernel.
-        mirrored = layer.stride == (1, 1)
-        if layer is transposed[-1]:
-            # It has one output: the three taps of a row are the columns.
-            matrices += _row_columns(weight.flip(2, 3))
-        else:
-            matrices.append(_row_terms(weight.flip(2, 3)) if mirrored else _terms(weight))
-        if layer is transposed[1]:
-            matrices[-1] = _joint(matrices[-1], 2 if layer.out_channels >= 64 else 1)
-        biases.append(_bias(layer))
-    biases.append(torch.zeros(-biases[-1].numel() % OUTPUTS, dtype=torch.float64))
-    weights = torch.cat([fragments(matrix) for matrix in matrices])
-    return PackedWeights(weights.to(torch.bfloat16).contiguous(), torch.cat(biases).float())
+    layers = [layer for layer in decoder.layers if isinstance(layer, nn.ConvTranspose2d)]
+    weights = [
+        _rounded(layer.weight.transpose(0, 1), EVERY_TAP if layer.stride == (1, 1) else PHASES)
+        for layer in layers
+    ]
+    columns = [weight.shape[0] // OUTPUTS for weight in weights]
+    # tap, step, column -> column, step, tap.
+    third = fragments(_terms(weights[2])).unflatten(0, (9, -1, columns[2])).transpose(0, 2)
+    # tap and step, column -> column, tap and step.
+    fourth = fragments(_terms(weights[3])).unflatten(0, (-1, columns[3])).transpose(0, 1)
+    # With stride 1 it is a convolution by the mirrored kernel. The last layer has one output: the
+    # taps of a row are the columns.
+    fifth, last = (weight.flip(2, 3) for weight in weights[4:])
+    ends = [fragments(matrix) for matrix in (_row_terms(fifth), *_row_columns(last))]
+    packed = [
+        fragments(_joint(dense.T, 4)),
+        fragments(_terms(weights[0])),
+        fragments(_joint(_terms(weights[1]), 2 if columns[1] >= 8 else 1)),
+        _twins(third.flatten(1, 2)),
+        _twins(fourth),
+        _twins(torch.cat(ends)[None]),
+    ]
+    return packed, [bias, *map(_bias, layers)]
 
 
 def _convolutions(encoder: nn.Module) -> list[tuple[Tensor, Tensor]]:
@@ -163,6 +180,13 @@ def _rounded(weight: Tensor, together: Sequence[Sequence[int]] = EVERY_TAP) -> T
     """(out, in, 3, 3) -> the same, on the values of bf16."""
     taps = round_taps(weight.flatten(2).permute(2, 0, 1), together)
     return taps.permute(1, 2, 0).reshape(weight.shape)
+
+
+def _twins(found: Tensor) -> Tensor:
+    """(groups, n, 32, 4) -> fragments in twins: each two of a group with a lane's values side by
+    side. The last one of an odd n gets zeros: see `twins` of csrc/cuda/fused_index.h."""
+    padded = nn.functional.pad(found, (0, 0, 0, 0, 0, found.shape[1] % 2))
+    return padded.unflatten(1, (-1, 2)).transpose(2, 3).reshape(-1, 32, 4)
 
 
 def _parts(values: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ FASTALPS_DEVICE void fetch_input(const Work& work, int row, unsigned char* input
 // of the four inputs at and after each anchor its four phases of results. A tile has two rows of
 // anchors, kThirdDown apart: so the inputs below it are those of the next tile.
 template <class S>
-FASTALPS_DEVICE void third_rows(const Lane& lane, const unsigned char* input, const uint2* weights,
+FASTALPS_DEVICE void third_rows(const Lane& lane, const unsigned char* input, const uint4* weights,
                                 const float4* biases, float slope, int first_row, int column,
                                 unsigned char* output) {
   using In = typename S::InputMap;
@@ -38,6 +38,8 @@ FASTALPS_DEVICE void third_rows(const Lane& lane, const unsigned char* input, co
   float sums[kDown][4][1][4];
 #pragma unroll
   for (int i = 0; i < 4 * kDown; ++i) start_sums(sums[i / 4][i % 4], bias);
+  const uint4* const mine = weights + column * (S::kThirdTerms / 2 * kLanes) + lane.index;
+  uint4 two;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     Operand a[kDown + 1][2];
@@ -46,10 +48,11 @@ FASTALPS_DEVICE void third_rows(const Lane& lane, const unsigned char* input, co
       const int cell = i / 2 * S::kInputPitch + i % 2;
       a[i / 2][i % 2] = load_operand(corner + In::chunk(2 * step, cell));
     }
-    const uint2* const first = weights + (step * S::kThirdColumns + column) * kLanes + lane.index;
 #pragma unroll
     for (int tap = 0; tap < 9; ++tap) {
-      const uint2 b = first[tap * kSteps * S::kThirdColumns * kLanes];
+      const int term = 9 * step + tap;
+      if (term % 2 == 0) two = mine[term / 2 * kLanes];
+      const uint2 b = term % 2 == 0 ? uint2{two.x, two.y} : uint2{two.z, two.w};
       const int phase = 2 * tap_phase(tap / 3) + tap_phase(tap % 3);
       const int below = tap_neighbour(tap / 3), right = tap_neighbour(tap % 3);
 #pragma unroll
@@ -85,7 +88,7 @@ FASTALPS_DEVICE void third_rows(const Lane& lane, const unsigned char* input, co
 // then its odd ones. A row of inputs serves the anchors above it and those in it. Shares that are
 // not full compute a row more, which is not stored: a branch would have to wait for the sums.
 template <class S>
-FASTALPS_DEVICE void fourth_rows(const Lane& lane, const unsigned char* map, const uint2* weights,
+FASTALPS_DEVICE void fourth_rows(const Lane& lane, const unsigned char* map, const uint4* weights,
                                  const float4* biases, float slope, int part, int column,
                                  unsigned char* output) {
   using In = typename S::ThirdMap;
@@ -105,11 +108,8 @@ FASTALPS_DEVICE void fourth_rows(const Lane& lane, const unsigned char* map, con
     next[1] = load_operand(after + In::chunk(2 * step, row * S::kHalfPitch));
   };
   load(0, 0);
-  uint2 b[9][kSteps];
-#pragma unroll
-  for (int i = 0; i < 9 * kSteps; ++i) {
-    b[i / kSteps][i % kSteps] = weights[(i * S::kFourthColumns + column) * kLanes + lane.index];
-  }
+  uint2 b[9 * kSteps];
+  read_twins(weights + column * (S::kFourthTerms / 2 * kLanes) + lane.index, b);
   const Biases<1> bias(lane, biases, column);
   float sums[2][4][4];
 #pragma unroll
@@ -129,10 +129,10 @@ FASTALPS_DEVICE void fourth_rows(const Lane& lane, const unsigned char* map, con
         float (&mine)[4] = sums[anchor % 2][phase];
         const Operand& terms = a[tap_neighbour(tap % 3)];
         if (anchor == row && fresh[phase]) {
-          multiply_add(mine, terms, b[tap][step], bias.four[0]);
+          multiply_add(mine, terms, b[tap * kSteps + step], bias.four[0]);
           fresh[phase] = false;
         } else {
-          multiply_add(mine, terms, b[tap][step]);
+          multiply_add(mine, terms, b[tap * kSteps + step]);
         }
       }
     }
@@ -173,9 +173,9 @@ FASTALPS_DEVICE void put_products(const Lane& lane, float* products, int pixel,
 // operands as they stand, the three rows of products around it. Shares that are not full have a
 // last row of zeros in their place, whatever the inputs behind theirs are.
 template <class S>
-FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const uint2* weights,
-                               const uint2* last_weights, const float4* biases, float slope,
-                               int part, int side, float* products) {
+FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const uint4* weights,
+                               const float4* biases, float slope, int part, int side,
+                               float* products) {
   constexpr int kAcross = S::kFifthAcross, kSteps = S::kFifthSteps;
   using In = typename S::FourthMap;
   constexpr int kPlanes = S::kFourth / kChunkChannels, kMost = S::FifthShares::kMost;
@@ -201,15 +201,9 @@ FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const
     }
   };
   load(0);
-  uint2 b[3][kSteps][kAcross], last[3][S::kLastSteps];
-#pragma unroll
-  for (int i = 0; i < 3 * kSteps * kAcross; ++i) {
-    b[i / (kSteps * kAcross)][i / kAcross % kSteps][i % kAcross] = weights[i * kLanes + lane.index];
-  }
-#pragma unroll
-  for (int i = 0; i < 3 * S::kLastSteps; ++i) {
-    last[i / S::kLastSteps][i % S::kLastSteps] = last_weights[i * kLanes + lane.index];
-  }
+  uint2 b[S::kFifthFragments + S::kLastFragments];
+  read_twins(weights + lane.index, b);
+  const uint2* const last = b + S::kFifthFragments;
   const Biases<kAcross> bias(lane, biases, 0);
   float sums[3][kAcross][4];  // Of the results of a row and the two above it, in turn.
   // Products of the rows above, of and below the last one that is done.
@@ -230,7 +224,7 @@ FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const
         for (int across = 0; across < kAcross; ++across) {
           float (&mine)[4] = sums[result % 3][across];
           const float (&before)[4] = mine;
-          add_terms(mine, a[step], b[tap_row][step][across],
+          add_terms(mine, a[step], b[(tap_row * kSteps + step) * kAcross + across],
                     tap_row == 0 && step == 0 ? bias.four[across] : before,
                     half(step, 3 * kPlanes));
         }
@@ -250,9 +244,9 @@ FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const
                         : leaky_pair(mine[across][i % 2 * 2], mine[across][i % 2 * 2 + 1], slope);
       }
       const float (&before)[4] = below;
-      add_terms(below, a, last[0][step], step == 0 ? kZeros : before, half(step, kAcross));
-      add_terms(here, a, last[1][step], here, half(step, kAcross));
-      add_terms(above, a, last[2][step], above, half(step, kAcross));
+      add_terms(below, a, last[step], step == 0 ? kZeros : before, half(step, kAcross));
+      add_terms(here, a, last[S::kLastSteps + step], here, half(step, kAcross));
+      add_terms(above, a, last[2 * S::kLastSteps + step], above, half(step, kAcross));
     }
     put_products<S>(lane, products, pixel + done * S::kProductPitch, above);
     if (done + 1 == kMost) break;
@@ -278,10 +272,9 @@ FASTALPS_DEVICE void decode(const Work& work, const uint2* weights, const float*
   unsigned char* const input = shared + S::kInputAt;
   float* const products = reinterpret_cast<float*>(odd);
   float* const warp_sums = reinterpret_cast<float*>(shared + S::kSumsAt);
-  const uint2* const third = reinterpret_cast<const uint2*>(shared);
-  const uint2* const fourth = third + S::kThirdFragments * kLanes;
-  const uint2* const fifth = fourth + S::kFourthFragments * kLanes;
-  const uint2* const last = fifth + S::kFifthFragments * kLanes;
+  const uint4* const third = reinterpret_cast<const uint4*>(shared);
+  const uint4* const fourth = third + S::kThirdFragments / 2 * kLanes;
+  const uint4* const fifth = fourth + S::kFourthFragments / 2 * kLanes;
   float4* const third_bias = reinterpret_cast<float4*>(shared + S::kBiasesAt);
   const float4* const fourth_bias = third_bias + S::kThird / 2;
   const float4* const fifth_bias = fourth_bias + S::kFourth / 2;
@@ -318,8 +311,7 @@ FASTALPS_DEVICE void decode(const Work& work, const uint2* weights, const float*
     const Lane mine(thread_index_anew());
     const Targets targets(work.source, mine, patch);
     barrier();
-    last_rows<S>(lane, even, fifth, last, fifth_bias, work.slope, lane.warp / 2, lane.warp % 2,
-                 products);
+    last_rows<S>(lane, even, fifth, fifth_bias, work.slope, lane.warp / 2, lane.warp % 2, products);
     barrier();
 
     float sum = 0.0f, off[4] = {};

@@ -71,14 +71,14 @@ FASTALPS_DEVICE void first_convolution(const Lane& lane, const uint16_t* image,
 
 // The second convolution of one network: tiles of two rows of 8 outputs, whose last column may be
 // none. The rows are kTilesDown apart: so the inputs below a tile's are those above the next one's.
-// `weights` and `biases` begin at the first of the columns.
+// `weights` and `biases` begin at the first of the columns: those of a group.
 template <class S>
 FASTALPS_DEVICE void second_convolution(const Lane& lane, const unsigned char* map,
-                                        const uint2* weights, const float2* biases, float slope,
+                                        const uint4* weights, const float2* biases, float slope,
                                         int first_tile, unsigned char* output) {
   using In = typename S::FirstMap;
   constexpr int kAcross = S::kTilesAcross, kDown = S::kTilesDown;
-  constexpr int kSteps = S::kFirst / kTileTerms, kColumns = S::kSecond / kTileColumns;
+  constexpr int kSteps = S::kFirst / kTileTerms;
   const int first_row = 2 * first_tile + lane.row / 8 * kDown;
   const unsigned char* const corner =
       map + In::chunk(lane.half, 2 * first_row * S::kRow + lane.row % 8);
@@ -95,12 +95,13 @@ FASTALPS_DEVICE void second_convolution(const Lane& lane, const unsigned char* m
 #pragma unroll
     for (int tap_row = 0; tap_row < 3; ++tap_row) {
       const int terms = (3 * tap_row + tap_column) * kSteps + step;
+      uint2 b[kAcross];
+      read_twins(weights + terms * S::kSecondGroups * twins(kAcross) / 2 * kLanes + lane.index, b);
 #pragma unroll
       for (int across = 0; across < kAcross; ++across) {
-        const uint2 b = weights[(terms * kColumns + across) * kLanes + lane.index];
 #pragma unroll
         for (int down = 0; down < kDown; ++down) {
-          multiply_add(sums[down][across], a[2 * down + tap_row], b);
+          multiply_add(sums[down][across], a[2 * down + tap_row], b[across]);
         }
       }
     }
@@ -123,7 +124,9 @@ FASTALPS_DEVICE void encode(const Work& work, const uint2* weights, const float*
   const Lane lane(thread_index());
   unsigned char* const map = shared + S::kMapAt;
   uint16_t* const image = reinterpret_cast<uint16_t*>(shared + S::kImageAt);
-  const uint2* const resident = reinterpret_cast<const uint2*>(shared);
+  const uint2* const first_weights = reinterpret_cast<const uint2*>(shared);
+  const uint4* const second =
+      reinterpret_cast<const uint4*>(first_weights + S::kFirstFragments * kLanes);
   const float2* const second_biases = reinterpret_cast<const float2*>(shared + S::kBiasesAt);
   Patch* const turns = reinterpret_cast<Patch*>(shared + S::kPatchesAt);
   copy_chunks(shared, weights, S::kMapAt);
@@ -152,7 +155,7 @@ FASTALPS_DEVICE void encode(const Work& work, const uint2* weights, const float*
     // Nobody reads the last patch's image any more: its second layer came after a barrier.
     put_image<S>(work.source, lane, pixels, image);
     barrier();
-    first_convolution<S>(lane, image, resident, work.slope, map);
+    first_convolution<S>(lane, image, first_weights, work.slope, map);
     // The next patch's, long before they are needed.
     if (number + block_count() < patches) {
       pixels = Pixels<Lines<S::kSize>>(work.source, lane, turns[turn]);
@@ -161,18 +164,16 @@ FASTALPS_DEVICE void encode(const Work& work, const uint2* weights, const float*
     barrier();
     constexpr int kTiles = divide_up(S::kQuarter, 2);
     constexpr int kDownGroups = divide_up(kTiles, S::kTilesDown);
-    constexpr int kAcrossGroups = S::kSecond / kTileColumns / S::kTilesAcross;
-    const uint32_t items = work.networks * kDownGroups * kAcrossGroups;
+    const uint32_t items = work.networks * kDownGroups * S::kSecondGroups;
     for (uint32_t item = lane.warp; item < items; item += kWarps) {
-      const int first_column = item % kAcrossGroups * S::kTilesAcross;
-      const int down_group = item / kAcrossGroups % kDownGroups;
-      const int network = item / (kAcrossGroups * kDownGroups);
-      const int place = S::kFirstFragments + network * S::kSecondFragments + first_column;
-      const int first_channel = first_column * kTileColumns;
+      const int group = item % S::kSecondGroups, down_group = item / S::kSecondGroups % kDownGroups;
+      const int network = item / (S::kSecondGroups * kDownGroups);
+      const int first_channel = group * S::kTilesAcross * kTileColumns;
       second_convolution<S>(
           lane, map + S::FirstMap::chunk(network * (S::kFirst / kChunkChannels), 0),
-          resident + place * kLanes, second_biases + (network * S::kSecond + first_channel) / 2,
-          work.slope, down_group * S::kTilesDown,
+          second + (network * S::kSecondFragments + group * twins(S::kTilesAcross)) / 2 * kLanes,
+          second_biases + (network * S::kSecond + first_channel) / 2, work.slope,
+          down_group * S::kTilesDown,
           work.maps + (static_cast<int64_t>(number) * work.networks + network) * S::kOutputs * 2 +
               first_channel * 2);
     }

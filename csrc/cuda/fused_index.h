@@ -52,6 +52,10 @@ FASTALPS_INDEX int fragments(int taps, int inputs, int outputs) {
   return divide_up(taps * inputs, kTileTerms) * divide_up(outputs, kTileColumns);
 }
 
+// Fragments in shared memory come in twins, of which a lane's values lie side by side, 16 bytes:
+// one read brings two. How many fit `count` of them, with zeros for the last one's twin.
+FASTALPS_INDEX int twins(int count) { return align_up(count, 2); }
+
 // One lane's part in an mma (PTX ISA, "Matrix Fragments for mma.m16n8k16"): of the result, rows
 // `group` and `group` + 8, columns 2 * `quad` and the next; of A, by ldmatrix, the address of 8
 // terms, the first or the second `half` of 16, of row `row`.

@@ -167,6 +167,17 @@ FASTALPS_DEVICE void add_terms(float (&sums)[4], const Operand& a, uint2 b, cons
   }
 }
 
+// Reads a lane's values of fragments in twins from shared memory.
+template <int kCount>
+FASTALPS_DEVICE void read_twins(const uint4* place, uint2 (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; i += 2) {
+    const uint4 two = place[i / 2 * kLanes];
+    values[i] = uint2{two.x, two.y};
+    if (i + 1 < kCount) values[i + 1] = uint2{two.z, two.w};
+  }
+}
+
 FASTALPS_DEVICE void put(unsigned char* place, uint32_t pair) {
   *reinterpret_cast<uint32_t*>(place) = pair;
 }
