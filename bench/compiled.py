@@ -26,21 +26,26 @@ class Row(NamedTuple):
     shared: int  # bytes a block, static and dynamic
 
 
+def limits_of(source: str, kernel: str, architecture: str) -> dict[str, int]:
+    """Registers, shared memory and spills that a kernel may use there: an architecture may have a
+    limit of its own."""
+    limit = LIMITS[source][kernel]
+    return {
+        key: limit.get(f"{key} {architecture}", limit.get(key, 0))
+        for key in ("registers", "shared", "spills")
+    }
+
+
 def violations(rows: Iterable[Row]) -> Iterator[str]:
     """A line for each limit that is exceeded."""
     for row in rows:
         name = f"{row.source} {row.kernel} on {row.architecture} {row.variant}".rstrip()
-        limit = LIMITS[row.source].get(row.kernel)
-        if limit is None:
+        if row.kernel not in LIMITS[row.source]:
             yield f"{name}: bench/compile_limits.json has no limit for it"
             continue
         # A double takes two registers, and twice the bytes.
         double = 2 if "float64" in row.variant or "fp64" in row.variant else 1
-        # An architecture may have a limit of its own.
-        most = {
-            key: limit.get(f"{key} {row.architecture}", limit.get(key, 0))
-            for key in ("registers", "shared", "spills")
-        }
+        most = limits_of(row.source, row.kernel, row.architecture)
         for what, found, limited in (
             ("registers", row.registers, most["registers"] * double),
             ("bytes of shared memory", row.shared, most["shared"] * double),

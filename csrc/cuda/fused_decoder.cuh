@@ -278,9 +278,8 @@ FASTALPS_DEVICE void decode(const Work& work, const uint2* weights, const float*
   float4* const third_bias = reinterpret_cast<float4*>(shared + S::kBiasesAt);
   const float4* const fourth_bias = third_bias + S::kThird / 2;
   const float4* const fifth_bias = fourth_bias + S::kFourth / 2;
-  const float last_bias = read_only(biases + S::kThird + S::kFourth + S::kFifth);
   copy_chunks(shared, weights, S::kEvenAt);
-  keep_biases(third_bias, biases, (S::kThird + S::kFourth + S::kFifth) / kTileColumns);
+  keep_biases(third_bias, biases, S::kBiases / kTileColumns);
   // The borders of the input and of the even map stay zeros.
   clear_chunks(even, S::kEvenBytes);
   clear_chunks(input, S::kInputBytes);
@@ -317,7 +316,8 @@ FASTALPS_DEVICE void decode(const Work& work, const uint2* weights, const float*
     float sum = 0.0f, off[4] = {};
     if (Targets::inside(mine, 0)) {
       float logits[4];
-      find_logits<S>(products, last_bias, Targets::row(mine, 0), Targets::column(mine, 0), logits);
+      find_logits<S>(products, fifth_bias[S::kFifth / 2].x, Targets::row(mine, 0),
+                     Targets::column(mine, 0), logits);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (!Targets::inside(mine, i)) continue;

@@ -270,7 +270,7 @@ struct DecodeShape {
   static constexpr int kInputAt = kOddAt + kOddBytes;
   static constexpr int kInputBytes = kInputs / kChunkChannels * InputMap::kPlaneBytes;
   static constexpr int kBiasesAt = kInputAt + kInputBytes;
-  static constexpr int kSumsAt = kBiasesAt + (kThird + kFourth + kFifth) * 8;
+  static constexpr int kSumsAt = kBiasesAt + kBiases * 8;
   static constexpr int kSharedBytes = kSumsAt + kWarps * 4;
 };
 
