@@ -14,13 +14,14 @@ from types import ModuleType
 from typing import NamedTuple
 
 from bench.compiled import Row
+from fastalps.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 
-class CannotCompile(Exception):
-    """A tool is absent here; the text says which in one line."""
+class CannotCompile(UserError):
+    """A tool is absent here, or cannot read a file; the text says which in one line."""
 
 
 class Use(NamedTuple):
@@ -229,13 +230,16 @@ def disassembly(library: Path) -> dict[tuple[str, str], list[str]]:
         library: or an object file, with the code of one or several architectures.
 
     Raises:
-        CannotCompile: cuobjdump is absent.
+        CannotCompile: cuobjdump is absent, or finds no code in the file.
     """
     tool = _cuobjdump()
     # It calls nvdisasm, which lies beside it.
     environment = {**os.environ, "PATH": f"{tool.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     command = [str(tool), "-sass", str(library)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    said = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if said.returncode != 0:
+        why = " ".join((said.stderr or said.stdout).split())
+        raise CannotCompile(f"{library}: expected compiled CUDA code, and cuobjdump said: {why}")
     found: dict[tuple[str, str], list[str]] = {}
     architecture, lines = "", []
     for line in said.stdout.splitlines():

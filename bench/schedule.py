@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.command_line import Parser, guarded
 from bench.cuda_compile import disassembly, kernel_name
+from fastalps.errors import UserError
 
 BACK_TO_BACK = 6
 ARCHITECTURE = "sm_90"
@@ -109,20 +110,27 @@ def _shape(symbol: str) -> str:
 
 
 def _run(options: argparse.Namespace) -> int:
-    print(f"{'kernel':<22}{'shape':<22}{'products':>9}{'cycles':>8}{'drains':>8}")
-    for (symbol, architecture), lines in disassembly(options.object).items():
-        name = kernel_name(symbol)
-        if architecture != ARCHITECTURE or options.kernel not in name:
-            continue
-        found = with_products(list(instructions(lines)))
-        if not found:
-            continue
-        products, drains = (
-            sum(each[place] for each in found)
-            for place in (Stretch._fields.index("products"), Stretch._fields.index("drains"))
+    found = {
+        symbol: with_products(list(instructions(lines)))
+        for (symbol, architecture), lines in disassembly(options.object).items()
+        if architecture == ARCHITECTURE and options.kernel in kernel_name(symbol)
+    }
+    if not any(found.values()):
+        raise UserError(
+            f"{options.object}: expected code for {ARCHITECTURE} with tensor-core products"
+            + (f" in a kernel named {options.kernel}" if options.kernel else "")
+            + ", found none"
         )
-        print(f"{name:<22}{_shape(symbol):<22}{products:>9}{spacing(found):>8.2f}{drains:>8}")
-        for each in found if options.stretches else ():
+    print(f"{'kernel':<22}{'shape':<22}{'products':>9}{'cycles':>8}{'drains':>8}")
+    for symbol, parts in found.items():
+        if not parts:
+            continue
+        products, drains = sum(p.products for p in parts), sum(p.drains for p in parts)
+        print(
+            f"{kernel_name(symbol):<22}{_shape(symbol):<22}{products:>9}"
+            f"{spacing(parts):>8.2f}{drains:>8}"
+        )
+        for each in parts if options.stretches else ():
             print(
                 f"  {each.first:05x} to {each.last:05x}: {each.instructions} instructions, "
                 f"{each.products} products, {each.cycles} cycles, {each.drains} drains"

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
+from bench import schedule
+from bench.cuda_compile import CannotCompile, disassembly
 from bench.schedule import Stretch, instructions, spacing, stretches, with_products
 
 
@@ -45,3 +51,18 @@ def test_stretches_end_at_branches_their_targets_and_barriers() -> None:
     assert products == found[1:3]
     assert spacing(products) == 46 / 3
     assert spacing([]) == 0
+
+
+def test_files_without_such_code_end_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(schedule, "disassembly", lambda file: {("kernel", "sm_90"): []})
+    assert schedule.main(["fused.o", "--kernel", "decode"]) == 2
+    assert capsys.readouterr().err == (
+        "error: fused.o: expected code for sm_90 with tensor-core products in a kernel named "
+        "decode, found none\n"
+    )
+
+    with pytest.raises(CannotCompile) as reason:
+        disassembly(Path(__file__))
+    assert "\n" not in str(reason.value)
