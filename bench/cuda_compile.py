@@ -198,6 +198,7 @@ def cuda_rows(log: str, folder: Path) -> list[Row]:
 MIX = {
     "HMMA": "tensor-core products",
     "LDSM": "ldmatrix",
+    "STSM": "stmatrix",
     "LDS": "loads of shared memory",
     "STS": "stores to it",
     "LDG": "loads of global memory",

@@ -1,10 +1,13 @@
-"""What fp8 would do to scores: an experiment, before there is a kernel for it.
+"""What rounding does to scores: of bf16 as the fused CUDA kernels round, and of fp8, an experiment
+before there is a kernel for it.
 
 The tensor cores of Hopper multiply e4m3 (four bits of exponent, three of fraction) at twice the
 rate of bf16. Here the pretrained networks score real test data with their layers' weights and
 inputs rounded to it, sums and everything else in float32: weights by a scale for each output,
 inputs by one for each layer, from the largest value that the first test images bring there. "fp8,
-inner" leaves the first convolution and the last layer, which meet the pixels, in bf16.
+inner" leaves the first convolution and the last layer, which meet the pixels, in bf16. "bf16"
+rounds what a layer hands to the next one once; "bf16, leaky pairs" as the fused kernels do, before
+a leaky ReLU and, what is negative, after it, whose slope is rounded, too.
 
 Needs MNIST and UCSD Ped2. Errors are those of the arithmetic: they do not depend on the machine.
 """
@@ -60,8 +63,15 @@ def meets_pixels(layer: nn.Module) -> bool:
     )
 
 
+def leaky_pairs(layer: nn.LeakyReLU, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    """A leaky ReLU of bf16: `leaky_words` of csrc/cuda/fused_machine.cuh."""
+    values = round_bf16(inputs[0])
+    slope = round_bf16(values.new_tensor(layer.negative_slope))
+    return torch.maximum(values, round_bf16(slope * values))
+
+
 def rounded_network(
-    model: fastalps.ALPS, images: Tensor, fp8: Callable[[nn.Module], bool]
+    model: fastalps.ALPS, images: Tensor, fp8: Callable[[nn.Module], bool], pairs: bool = False
 ) -> fastalps.ALPS:
     """A copy of the model that rounds each layer's weights and inputs: to fp8 where `fp8` says so,
     else to bf16.
@@ -70,6 +80,7 @@ def rounded_network(
         model: with any batch norm; it is folded first.
         images: uint8 (N, C, H, W), which the inputs' scales are made from.
         fp8: whether a layer's products are in fp8.
+        pairs: whether leaky ReLUs compute in bf16.
     """
     network = copy.deepcopy(model).float().eval().requires_grad_(False)
     fold_batch_norm(network)
@@ -98,6 +109,9 @@ def rounded_network(
         else:
             layer.weight.data = round_bf16(layer.weight)
             layer.register_forward_pre_hook(lambda layer, inputs: (round_bf16(inputs[0]),))
+    for layer in network.modules() if pairs else ():
+        if isinstance(layer, nn.LeakyReLU):
+            layer.register_forward_hook(leaky_pairs)
     return network
 
 
@@ -107,10 +121,12 @@ def errors_of(network: fastalps.ALPS, images: Tensor) -> Tensor:
     return torch.cat([torch.stack(part) for part in parts], 1)
 
 
-WAYS: dict[str, Callable[[nn.Module], bool]] = {
-    "bf16": lambda layer: False,
-    "fp8, inner": lambda layer: not meets_pixels(layer),
-    "fp8": lambda layer: True,
+# Which layers are in fp8, and whether leaky ReLUs compute in bf16.
+WAYS: dict[str, tuple[Callable[[nn.Module], bool], bool]] = {
+    "bf16": (lambda layer: False, False),
+    "bf16, leaky pairs": (lambda layer: False, True),
+    "fp8, inner": (lambda layer: not meets_pixels(layer), False),
+    "fp8": (lambda layer: True, False),
 }
 
 
@@ -123,8 +139,8 @@ def _run(options: argparse.Namespace) -> int:
         model = fastalps.load_pretrained(name)
         exact = exact_errors(model, images)
         rows = {"fp32": row(errors_of(copy.deepcopy(model).float().eval(), images), exact, labels)}
-        for way, fp8 in WAYS.items():
-            found = errors_of(rounded_network(model, images, fp8), images)
+        for way, (fp8, pairs) in WAYS.items():
+            found = errors_of(rounded_network(model, images, fp8, pairs), images)
             rows[way] = row(found, exact, labels, rows["fp32"])
         results[name] = rows
         print_rows(name, rows)

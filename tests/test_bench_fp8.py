@@ -31,19 +31,32 @@ def test_networks(size, rng) -> None:
     with torch.inference_mode():
         exact = torch.stack(model.score(images / 255)[:2])
         away = {}
-        for way, where in fp8.WAYS.items():
-            network = fp8.rounded_network(model, images, where)
+        for way, (where, pairs) in fp8.WAYS.items():
+            network = fp8.rounded_network(model, images, where, pairs)
             layers = fp8.layers_of(network)
             assert len(layers) == 4 + 4 + 1 + 6
             chosen = [layer for layer in layers if where(layer)]
-            assert len(chosen) == {"bf16": 0, "fp8, inner": 12, "fp8": 15}[way]
+            assert (
+                len(chosen) == {"bf16": 0, "bf16, leaky pairs": 0, "fp8, inner": 12, "fp8": 15}[way]
+            )
             for layer in chosen:
                 outputs = layer.weight.dim() == 4 and isinstance(layer, torch.nn.ConvTranspose2d)
                 rows = layer.weight.transpose(0, 1) if outputs else layer.weight
                 assert all(len(one.abs().unique()) < 128 for one in rows)
             away[way] = (fp8.errors_of(network, images) - exact).abs().mean()
     assert 0 < away["bf16"] < away["fp8, inner"] and away["bf16"] < away["fp8"]
+    assert away["bf16, leaky pairs"] not in (0, away["bf16"])
+    assert away["bf16, leaky pairs"] < 2 * away["bf16"]
     assert all(map(torch.equal, model.parameters(), weights))
+
+
+def test_leaky_pairs() -> None:
+    """Of bf16 values positive ones stay, negative ones are scaled by the rounded slope."""
+    layer = torch.nn.LeakyReLU(0.2)
+    layer.register_forward_hook(fp8.leaky_pairs)
+    values = torch.tensor([1.00390625, -3.0, 0.0])  # The first is halfway: it rounds to 1.
+    slope = torch.tensor(0.2).bfloat16()
+    assert layer(values).tolist() == [1.0, (slope * -3).item(), 0.0]
 
 
 def test_without_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
