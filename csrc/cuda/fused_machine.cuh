@@ -153,7 +153,12 @@ FASTALPS_DEVICE T read_only(const T* place) {
   return __ldg(place);
 }
 
-FASTALPS_DEVICE float exponential(float value) { return __expf(value); }
+// Results below float32's normal numbers are 0, which saves __expf's scaling around them.
+FASTALPS_DEVICE float exponential(float value) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(1.4426950408889634f * value));
+  return result;
+}
 FASTALPS_DEVICE float hyperbolic_tangent(float value) { return tanhf(value); }
 FASTALPS_DEVICE float reciprocal(float value) { return __fdividef(1.0f, value); }
 FASTALPS_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
