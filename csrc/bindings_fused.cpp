@@ -62,8 +62,9 @@ cudaError_t errors_of(const cuda::FusedCall& call, cudaStream_t stream) {
   return loaded_network(call.shape).errors(&call, stream);
 }
 
-// `scratch` (bytes): the maps, latents and places of `chunk` patches. With a background: `flags` (uint8, a
-// patch each) and `places` (int64: offsets of the tiles of flags, then pairs of frame and patch).
+// `scratch` (bytes): the maps, latents and places of `chunk` patches. With a background: `flags`
+// (uint8, a patch each) and `places` (int64: offsets of the tiles of flags, then pairs of frame and
+// patch).
 void fused_errors(Tensor frames, MaybeTensor background, double threshold, Sizes stride, bool cover,
                   int64_t shape, Tensor weights, Tensor biases, int64_t bound, double slope,
                   double strength, int64_t smoothing, bool normal, bool perturbed, int64_t chunk,
