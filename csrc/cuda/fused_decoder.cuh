@@ -306,7 +306,7 @@ FASTALPS_DEVICE void decode(const Work& work, const uint2* weights, const float*
                    lane.warp % S::kFourthColumns, even);
     // Read long before they are needed. There are one or two passes. Where this thread's pixels are
     // is found in each pass anew, as the layers' loops need the registers that would keep it.
-    const Patch patch = work.patches[row >> (work.passes - 1)];
+    const Patch patch = read_patch(work, row >> (work.passes - 1));
     const Lane mine(thread_index_anew());
     const Targets targets(work.source, mine, patch);
     barrier();

@@ -77,6 +77,12 @@ FASTALPS_DEVICE Patch find_patch(const Work& work, int number) {
           frame * source.patches_per_frame.divisor + patch};
 }
 
+// What E found, for kernels after it.
+FASTALPS_DEVICE Patch read_patch(const Work& work, int number) {
+  const Patch* const found = work.patches + number;
+  return {read_written(&found->origin), read_written(&found->place)};
+}
+
 // Which pixels of a patch a thread has: a warp every eighth row, of which a lane has a column,
 template <int kSize_>
 struct Lines {

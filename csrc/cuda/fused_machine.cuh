@@ -153,6 +153,12 @@ FASTALPS_DEVICE T read_only(const T* place) {
   return __ldg(place);
 }
 
+// Memory that another kernel may have written since this one was launched: not from the L1 cache.
+FASTALPS_DEVICE int64_t read_written(const int64_t* place) {
+  return __ldcg(reinterpret_cast<const long long*>(place));
+}
+FASTALPS_DEVICE uint32_t read_written(const uint32_t* place) { return __ldcg(place); }
+
 // Results below float32's normal numbers are 0, which saves __expf's scaling around them.
 FASTALPS_DEVICE float exponential(float value) {
   float result;

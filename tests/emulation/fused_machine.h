@@ -414,6 +414,10 @@ T read_only(const T* place) {
   return *place;
 }
 
+template <typename T>
+T read_written(const T* place) {
+  return *place;
+}
 inline float exponential(float value) { return std::exp(value); }
 inline float hyperbolic_tangent(float value) { return std::tanh(value); }
 inline float reciprocal(float value) { return 1.0f / value; }
