@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastalps.errors import UserError
+from fastalps.files import discard_output
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,9 +19,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def guarded(run: Callable[[], int], stopped: str = "stopped") -> int:
-    """Runs a program: its exit code, or 2 for a user's error, or 130 for Ctrl-C, told in a line."""
+    """Runs a program: its exit code, or 2 for a user's error, or 130 for Ctrl-C, told in a line; 2
+    without a word where nobody reads its output any more."""
     try:
-        return run()
+        code = run()
+        sys.stdout.flush()  # Or it would fail at exit.
+        return code
+    except BrokenPipeError:
+        discard_output()
+        return 2
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

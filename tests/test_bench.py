@@ -195,3 +195,20 @@ def test_list_names_cases_without_running(capsys) -> None:
 def test_names_are_unique_at_every_effort(effort: str) -> None:
     names = [case.name for case in cases.load(cases.GROUPS, Settings(effort))]
     assert len(names) == len(set(names))
+
+
+def test_a_reader_that_leaves() -> None:
+    """`... | head` of any of these programs ends it in silence."""
+    program = (
+        "from bench.command_line import guarded\n"
+        "raise SystemExit(guarded(lambda: [print('x' * 100) for _ in range(9999)] and 0))"
+    )
+    root = Path(__file__).resolve().parents[1]
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == b"x" * 100 + b"\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fastalps.errors import BackendUnavailable, UserError
+from fastalps.files import discard_output
 
 USAGE_ERROR = 2
 # As shells count it: 128 plus the number of the signal.
@@ -46,9 +46,7 @@ def run(name: str, body: Callable[[Sequence[str]], None], arguments: Sequence[st
         try:
             body(sys.argv[1:] if arguments is None else arguments)
         except BrokenPipeError:
-            # The reader of a pipe has seen enough; nothing must be flushed to it at exit.
-            with contextlib.suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            discard_output()
             return USAGE_ERROR
         except (KeyboardInterrupt, Interrupted) as stop:
             _say(name, str(stop) or "stopped")
