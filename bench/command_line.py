@@ -12,7 +12,11 @@ from fastalps.files import discard_output
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong arguments end in one line and exit code 2, without the usage."""
+    """Wrong arguments end in one line and exit code 2, without the usage; help keeps the lines of
+    the description, a program's docstring."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> Any:
         self.exit(2, f"error: {message}; see --help\n")

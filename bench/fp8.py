@@ -154,7 +154,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="bench/fp8.py",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--threads", type=int, default=1, help="of this process (default: 1)")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of the data sets")

@@ -218,7 +218,6 @@ def _parser() -> Parser:
     parser = Parser(
         prog="bench/fused_profile.py",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--preset", action="append", choices=PRESETS, help="default: network-b, paper and fast"

@@ -44,7 +44,6 @@ def _parser() -> Parser:
     parser = Parser(
         prog="bench/paper.py",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--table",

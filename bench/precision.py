@@ -218,7 +218,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="bench/precision.py",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--preset", default="fast", choices=tuple(PRESETS), help="the network (default: fast)"

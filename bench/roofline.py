@@ -211,7 +211,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="bench/roofline.py",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--rounds", type=int, default=9, help="turns of each candidate; medians count (default: 9)"

@@ -51,7 +51,6 @@ def _parser() -> Parser:
     parser = Parser(
         prog="bench/run.py",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=table.COLUMNS,
     )
     names = ", ".join(cases.GROUPS)

@@ -143,7 +143,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="bench/schedule.py",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "object", type=Path, help="the compiled csrc/cuda/fused.cu, with code for sm_90"

@@ -174,7 +174,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="bench/widths.py",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--dataset", default="mnist", choices=tuple(RECIPES), help="(default: mnist)"

@@ -116,10 +116,10 @@ def pack_fused(model: ALPS) -> PackedWeights:
     return PackedWeights(weights.to(torch.bfloat16).contiguous(), biases.float())
 
 
-Parts = tuple[list[Tensor], list[Tensor]]  # Fragments and biases.
+LayerParts = tuple[list[Tensor], list[Tensor]]  # Fragments and biases.
 
 
-def _pack_encoders(pairs: Sequence[Sequence[tuple[Tensor, Tensor]]], pixels: int) -> Parts:
+def _pack_encoders(pairs: Sequence[Sequence[tuple[Tensor, Tensor]]], pixels: int) -> LayerParts:
     """Weights and biases of both networks, layer by layer; `pixels`: of the last map."""
     first, second, third, fourth = pairs
     # The kernels read pixels in gray levels, which bf16 holds exactly, and ones for the biases.
@@ -135,7 +135,7 @@ def _pack_encoders(pairs: Sequence[Sequence[tuple[Tensor, Tensor]]], pixels: int
     return packed, [bias for layers in pairs for _, bias in layers]
 
 
-def _pack_decoder(decoder: Decoder) -> Parts:
+def _pack_decoder(decoder: Decoder) -> LayerParts:
     start, cells = decoder.start[0], decoder.start[1] * decoder.start[2]
     # From (channel, pixel), the order of its outputs, to (pixel, channel).
     dense, bias = (
