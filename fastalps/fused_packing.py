@@ -213,12 +213,9 @@ def _row_terms(weight: Tensor) -> Tensor:
 
 
 def _row_columns(weight: Tensor) -> list[Tensor]:
-    """(1, in, 3, 3) -> of each row of taps (in, 5): the last one three times.
-
-    A lane has two columns. The first lanes store theirs, of two pixels, as they are; so the third
-    and the fourth lanes, or rather columns 2 and 4, can share the storing of the third tap.
-    """
-    return list(weight[0].transpose(0, 1)[..., [0, 1, 2, 2, 2]])
+    """(1, in, 3, 3) -> of each row of taps (in, 8): a lane has two columns, of which it stores the
+    first one's products; of the four lanes the last one has what the third has."""
+    return list(weight[0].transpose(0, 1)[..., [0, 0, 1, 1, 2, 2, 2, 2]])
 
 
 def _terms(weight: Tensor) -> Tensor:

@@ -77,7 +77,16 @@ def test_fused_kernels_use_tensor_cores(library: Path) -> None:
     found = {(kernel_name(symbol), architecture) for symbol, architecture in mix}
     names = {name for name in LIMITS["cuda"] if name.startswith("fused_")}
     assert found == {(name, architecture) for name in names for architecture in ARCHITECTURES}
+    # Of wide networks M with two tiles is not compiled where it does not fit.
+    empty = {key for key, counts in mix.items() if counts["all"] < 16}
+    assert {(kernel_name(symbol), architecture) for symbol, architecture in empty} == {
+        ("fused_latent_kernel", "sm_80"),
+        ("fused_expand_kernel", "sm_80"),
+    }
+    assert all("ShapeILi2E" in symbol for symbol, _ in empty)
     for key, counts in mix.items():
+        if key in empty:
+            continue
         assert counts.get("HMMA", 0) >= 4 and counts.get("LDSM", 0) >= 1, (key, counts)
         if limits_of("cuda", kernel_name(key[0]), key[1])["spills"] == 0:
             assert "LDL" not in counts and "STL" not in counts, (key, counts)

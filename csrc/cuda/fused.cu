@@ -31,6 +31,11 @@ constexpr int kSharedInAll = 228 * 1024;
 template <class S>
 constexpr int kResident = std::max(1, std::min(3, kSharedInAll / (S::kSharedBytes + 1024)));
 
+// Of wide networks M's forms with two tiles fit 9.0 and 10.0 only, see `run_stages`: others do not
+// compile them.
+template <class S>
+constexpr bool kFits = S::kSharedBytes + 1024 <= kSharedInAll;
+
 // Of the dense layer two fit everywhere; 8.0's code would spill at two.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kDenseResident = 1;
@@ -49,7 +54,7 @@ template <class S>
 __global__ void __launch_bounds__(kBlock, std::min(2, kResident<S>))
     fused_latent_kernel(const __grid_constant__ Work work, const uint2* __restrict__ weights,
                         const float* __restrict__ biases) {
-  make_latents<S>(work, weights, biases, shared_bytes());
+  if constexpr (kFits<S>) make_latents<S>(work, weights, biases, shared_bytes());
 }
 
 template <class S>
@@ -63,7 +68,7 @@ template <class S>
 __global__ void __launch_bounds__(kBlock, 1)
     fused_expand_kernel(const __grid_constant__ Work work, const uint2* __restrict__ weights,
                         const float* __restrict__ biases) {
-  expand<S>(work, weights, biases, shared_bytes());
+  if constexpr (kFits<S>) expand<S>(work, weights, biases, shared_bytes());
 }
 
 // Two, whatever the shared memory leaves: the narrow networks' D would spill at three.

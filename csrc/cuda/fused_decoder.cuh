@@ -6,18 +6,21 @@
 
 namespace fastalps::cuda::fused {
 
-// The next row's map, plane by plane; see `await_copies`.
+// The next row's map, plane by plane; see `await_copies`. Neighbouring lanes copy neighbouring
+// pixels of a plane, as shared memory takes a lane's 16 bytes at a time where they are far apart.
 template <class S>
 FASTALPS_DEVICE void fetch_input(const Work& work, int row, unsigned char* input) {
-  constexpr int kChunks = S::kInputs / kChunkChannels;
+  constexpr int kChunks = S::kInputs / kChunkChannels, kItems = S::kQuarter * kChunks * S::kRun;
   const unsigned char* const source = work.maps + static_cast<int64_t>(row) * (S::kInputValues * 2);
-  constexpr int kItems = S::kInputPixels * kChunks;
+  const int thread = thread_index_anew();
 #pragma unroll
   for (int i = 0; i < divide_up(kItems, kBlock); ++i) {
-    const int item = thread_index() + i * kBlock, pixel = item / kChunks;
+    const int item = thread + i * kBlock;
     if (kItems % kBlock != 0 && item >= kItems) break;
-    const int cell = pixel / S::kQuarter * S::kInputPitch + pixel % S::kQuarter;
-    copy_async(input + S::InputMap::chunk(item % kChunks, cell), source + item * kChunkBytes);
+    const int x = item % S::kRun, plane = item / S::kRun % kChunks, y = item / (S::kRun * kChunks);
+    if (S::kQuarter % S::kRun != 0 && x >= S::kQuarter) continue;
+    copy_async(input + S::InputMap::chunk(plane, y * S::kInputPitch + x),
+               source + ((y * S::kQuarter + x) * kChunks + plane) * kChunkBytes);
   }
 }
 
@@ -157,15 +160,11 @@ FASTALPS_DEVICE void fourth_rows(const Lane& lane, const unsigned char* map, con
   }
 }
 
-// A row of the last layer's products of two neighbouring pixels: a lane's columns are the first two
-// taps, or twice the third, of which one lane stores the first pixel's and the next the second's.
-template <class S>
-FASTALPS_DEVICE void put_products(const Lane& lane, float* products, int pixel,
-                                  const float (&sums)[4]) {
-  store_if(lane.quad == 0, products + 2 * pixel, sums);
-  const int second = lane.quad / 2;
-  store_if(lane.quad % 3 != 0, products + S::kThirdTapAt + pixel + second,
-           second != 0 ? sums[2] : sums[0]);
+// A row of the last layer's products of two neighbouring pixels by a lane's tap, its first column.
+// The fourth lane has the third one's: it stores the same, which is cheaper than to store nothing.
+FASTALPS_DEVICE void put_products(float* place, const float (&sums)[4]) {
+  place[0] = sums[0];
+  place[1] = sums[2];
 }
 
 // The last two layers, of stride 1: a share of the rows, the columns of one side. A row of inputs
@@ -191,7 +190,8 @@ FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const
     const int cell = first_row * S::kPitch + S::run_at(side, tap + lane.row / 8) + lane.row % 8;
     corner[step] = map + In::chunk(chunk % kPlanes, cell);
   }
-  const int pixel = part * S::kStripRows * S::kProductPitch + 4 * lane.group + 2 * side;
+  float* const place = products + S::product_at(lane.quad < 3 ? lane.quad : 2) +
+                       part * S::kStripRows * S::kProductPitch + 4 * lane.group + 2 * side;
   Operand next[kSteps];
   const auto load = [&](int row) {
 #pragma unroll
@@ -248,7 +248,7 @@ FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const
       add_terms(here, a, last[S::kLastSteps + step], here, half(step, kAcross));
       add_terms(above, a, last[2 * S::kLastSteps + step], above, half(step, kAcross));
     }
-    put_products<S>(lane, products, pixel + done * S::kProductPitch, above);
+    put_products(place + done * S::kProductPitch, above);
     if (done + 1 == kMost) break;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -256,8 +256,8 @@ FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const
       here[i] = below[i];
     }
   }
-  put_products<S>(lane, products, pixel + kMost * S::kProductPitch, here);
-  put_products<S>(lane, products, pixel + (kMost + 1) * S::kProductPitch, below);
+  put_products(place + kMost * S::kProductPitch, here);
+  put_products(place + (kMost + 1) * S::kProductPitch, below);
 }
 
 // Each block holds all weights and takes rows of work in turn; the reconstruction stays in
@@ -286,7 +286,7 @@ FASTALPS_DEVICE void decode(const Work& work, const uint2* weights, const float*
   allow_next();
   await_previous();
   const int rows = patches_of(work) * work.passes;
-  if (block_index() >= rows) return;
+  if (block_index() >= rows) return await_copies();
   barrier();
   fetch_input<S>(work, block_index(), input);
   await_copies();

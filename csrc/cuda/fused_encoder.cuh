@@ -134,7 +134,7 @@ FASTALPS_DEVICE void encode(const Work& work, const uint2* weights, const float*
   allow_next();
   await_previous();
   const int patches = patches_of(work);
-  if (block_index() >= patches) return;
+  if (block_index() >= patches) return await_copies();
   // The borders of map and image stay zeros.
   clear_chunks(map, S::kBiasesAt - S::kMapAt);
   // The last warp, which has the fewest rows of the first convolution, finds for all where the next
@@ -148,6 +148,7 @@ FASTALPS_DEVICE void encode(const Work& work, const uint2* weights, const float*
   if (thread_index() == 0) work.patches[block_index()] = first;
   find(block_index() + block_count(), 0);
   Pixels<Lines<S::kSize>> pixels(work.source, lane, first);
+  await_copies();
   barrier();
 
   int turn = 0;

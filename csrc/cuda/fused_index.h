@@ -29,6 +29,12 @@ constexpr int kChunkChannels = 8;
 
 FASTALPS_INDEX int divide_up(int value, int divisor) { return (value + divisor - 1) / divisor; }
 FASTALPS_INDEX int align_up(int value, int unit) { return divide_up(value, unit) * unit; }
+// The largest power of two up to both.
+FASTALPS_INDEX int largest_power(int value, int most) {
+  int power = 1;
+  while (2 * power <= value && 2 * power <= most) power *= 2;
+  return power;
+}
 
 // Division of numbers below 2^31 by one that only a launch knows: with m = ceil(2^(31 + l) / d) and
 // 2^l >= d, floor(n m / 2^(31 + l)) is floor(n / d).

@@ -188,28 +188,35 @@ FASTALPS_DEVICE void fourth_slice(const Lane& lane, const unsigned char* hidden,
 }
 
 // The rows of a tile that a band needs, asynchronously; zeros for patches that there are not.
+// A thread has a chunk of a column, of every kAtOnce'th patch: so that it counts addresses once.
 template <class S>
 FASTALPS_DEVICE void stage(const Work& work, int network, int first, int patches, int top,
                            unsigned char* staged) {
   using Staged = typename S::StagedMap;
   constexpr int kMapBytes = S::kSide * S::kSide * S::kSecond * 2;
-  constexpr int kRowChunks = S::kSide * Staged::kChunks;  // Of one row of one patch.
-  for (int item = thread_index(); item < S::kStagedRows * kTileRows * kRowChunks; item += kBlock) {
-    const int chunk = item % Staged::kChunks;
-    const int column = item / Staged::kChunks % S::kSide;
-    const int patch = item / kRowChunks % kTileRows;
-    const int local = item / (kRowChunks * kTileRows);
-    if (top + local < 0 || top + local >= S::kSide) continue;
-    const int pixel = (local * S::kSide + column) * kTileRows + patch;
-    unsigned char* const target = staged + Staged::chunk(pixel, chunk);
-    if (first + patch < patches) {
-      const unsigned char* const source =
-          work.maps + (static_cast<int64_t>(first + patch) * work.networks + network) * kMapBytes;
-      const int place = ((top + local) * S::kSide + column) * Staged::kChunks + chunk;
-      copy_async(target, source + place * kChunkBytes);
-    } else {
-      *reinterpret_cast<uint4*>(target) = uint4{};
+  constexpr int kRowBytes = S::kSide * S::kSecond * 2;
+  constexpr int kStagedRowBytes = Staged::bytes(S::kSide * kTileRows);
+  const int thread = thread_index_anew();
+  const int patch = thread / S::kRowChunks, item = thread % S::kRowChunks;
+  if (patch >= S::kAtOnce) return;
+  const int chunk = item % Staged::kChunks, column = item / Staged::kChunks;
+  const unsigned char* source =
+      work.maps + (static_cast<int64_t>(first + patch) * work.networks + network) * kMapBytes +
+      top * kRowBytes + item * kChunkBytes;
+#pragma unroll
+  for (int i = 0; i < kTileRows; i += S::kAtOnce) {
+    unsigned char* const target = staged + Staged::chunk(column * kTileRows + patch + i, chunk);
+    const bool there = first + patch + i < patches;
+#pragma unroll
+    for (int row = 0; row < S::kStagedRows; ++row) {
+      if (top + row < 0 || top + row >= S::kSide) continue;
+      if (there) {
+        copy_async(target + row * kStagedRowBytes, source + row * kRowBytes);
+      } else {
+        *reinterpret_cast<uint4*>(target + row * kStagedRowBytes) = uint4{};
+      }
     }
+    source += S::kAtOnce * kMapBytes * work.networks;
   }
 }
 

@@ -214,10 +214,10 @@ FASTALPS_DEVICE void clear(float (&sums)[kDown][kAcross][4]) {
   }
 }
 
-// 16 bytes at a time, by all threads of the block.
+// 16 bytes at a time, by all threads of the block; see `await_copies`.
 FASTALPS_DEVICE void copy_chunks(unsigned char* target, const void* source, int bytes) {
   for (int chunk = thread_index(); chunk < bytes / kChunkBytes; chunk += kBlock) {
-    reinterpret_cast<uint4*>(target)[chunk] = read_only(static_cast<const uint4*>(source) + chunk);
+    copy_async(target + chunk * kChunkBytes, static_cast<const uint4*>(source) + chunk);
   }
 }
 

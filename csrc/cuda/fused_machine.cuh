@@ -113,24 +113,6 @@ FASTALPS_DEVICE void store_matrices(bool stored, unsigned char* row, const uint3
 #endif
 }
 
-// Stores of some lanes into shared memory, without a branch: products in flight would be waited
-// for.
-FASTALPS_DEVICE void store_if(bool stored, float* place, float value) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(place));
-  asm volatile("{\n .reg .pred p;\n setp.ne.s32 p, %0, 0;\n @p st.shared.f32 [%1], %2;\n}" ::"r"(
-                   static_cast<int>(stored)),
-               "r"(address), "f"(value)
-               : "memory");
-}
-FASTALPS_DEVICE void store_if(bool stored, float* place, const float (&values)[4]) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(place));
-  asm volatile(
-      "{\n .reg .pred p;\n setp.ne.s32 p, %0, 0;\n @p st.shared.v4.f32 [%1], {%2, %3, %4, "
-      "%5};\n}" ::"r"(static_cast<int>(stored)),
-      "r"(address), "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3])
-      : "memory");
-}
-
 // Two bf16 in one word, rounded to nearest even, the first in the lower half.
 FASTALPS_DEVICE uint32_t round_pair(float first, float second) {
   uint32_t pair;

@@ -15,17 +15,14 @@ FASTALPS_DEVICE void find_logits(const float* products, float bias, int y, int x
 #pragma unroll
   for (float& logit : logits) logit = bias;
   const auto add = [&](int strip, int line) {
-    const int pixel = (strip * S::kStripRows + line) * S::kProductPitch + x;
-    // Of the first column of taps the products from x - 1 on, of the third those from x + 1 on.
-    const float* const place = products + 2 * pixel;
-    const float* const third = products + S::kThirdTapAt + pixel;
-    const float4 first_two = *reinterpret_cast<const float4*>(place);
-    const float4 last_two = *reinterpret_cast<const float4*>(place + 4);
-    const float4 right = *reinterpret_cast<const float4*>(third + 2);
-    const float before = x > 0 ? place[-2] : 0.0f;
-    const float lefts[4] = {before, first_two.x, first_two.z, last_two.x};
-    const float middles[4] = {first_two.y, first_two.w, last_two.y, last_two.w};
-    const float rights[4] = {third[1], right.x, right.y, right.z};
+    const float* const place = products + (strip * S::kStripRows + line) * S::kProductPitch + x;
+    const auto four = [&](int tap) {
+      return *reinterpret_cast<const float4*>(place + tap * S::kProductPixels);
+    };
+    const float4 left = four(0), middle = four(1), right = four(2);
+    const float lefts[4] = {x > 0 ? left.x : 0.0f, left.y, left.z, left.w};
+    const float middles[4] = {middle.x, middle.y, middle.z, middle.w};
+    const float rights[4] = {right.x, right.y, right.z, right.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       logits[i] += lefts[i] + middles[i];

@@ -81,6 +81,9 @@ struct LatentShape {
 
   // Two rows of results a band, for which five rows of inputs are staged, of one tile at a time.
   static constexpr int kBands = 2, kBandRows = kHalf / kBands, kStagedRows = 2 * kBandRows + 1;
+  // Chunks of a row of a patch, and of how many patches (a part of a tile) a block copies them.
+  static constexpr int kRowChunks = kSide * StagedMap::kChunks;
+  static constexpr int kAtOnce = largest_power(kBlock / kRowChunks, kTileRows);
   // Warps share out a band's rows and the columns.
   static constexpr int kThirdGroups = kWarps / kBandRows;
   static constexpr int kThirdAcross = kThird / kTileColumns / kThirdGroups;
@@ -249,13 +252,15 @@ struct DecodeShape {
   using FourthShares = Shares<kHalf, kWarps / kFourthColumns>;
   using FifthShares = Shares<kSize, kWarps / 2>;
 
-  // Floats of the last layer's products: of a pixel those of the first two columns of taps side by
-  // side, as a lane has them, then those of the third. Each strip of rows has one row more on
-  // either side, for its neighbours. Two cells off, what is right of four pixels is aligned.
+  // Floats of the last layer's products: a plane for each column of taps, in which a product lies
+  // where the result is that it is a part of, so that reads are aligned, and stores by all lanes
+  // meet all banks. Of products on the edges there are some too many, which nobody reads. Each
+  // strip of rows has one row more on either side, for its neighbours.
   static constexpr int kStripRows = FifthShares::kMost + 2, kProductPitch = 4 * kRun;
   static constexpr int kProductPixels = FifthShares::kParts * kStripRows * kProductPitch;
-  static constexpr int kThirdTapAt = 2 * kProductPixels + 2;
-  static constexpr int kProducts = kThirdTapAt + kProductPixels + 2;
+  static constexpr int kProducts = 3 * kProductPixels;
+  // The first pixel's product by the tap of a column.
+  FASTALPS_INDEX static int product_at(int tap) { return tap * kProductPixels + 1 - tap; }
 
   // Shared memory: weights; the even map; the odd map, later the products; the input; biases, see
   // `keep_biases`; the warps' sums.

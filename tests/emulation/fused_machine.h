@@ -387,13 +387,6 @@ inline void store_matrices(bool stored, unsigned char* row, const uint32_t (&wor
   machine->wait(emulation::State::kStore);
 }
 
-inline void store_if(bool stored, float* place, float value) {
-  if (stored) *place = value;
-}
-inline void store_if(bool stored, float* place, const float (&values)[4]) {
-  if (stored) std::memcpy(place, values, sizeof values);
-}
-
 inline uint32_t round_pair(float first, float second) {
   return emulation::narrow(first) | emulation::narrow(second) << 16;
 }
