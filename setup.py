@@ -175,8 +175,11 @@ def architectures(compiler: str) -> list[str]:
                 f"TORCH_CUDA_ARCH_LIST: expected entries like 8.0 or 9.0+PTX, got {entry!r}"
             )
         number = "".join(match.groups()[:3])
-        code = f"sm_{number}" if match[4] is None else f"[sm_{number},compute_{number}]"
-        flags.append(f"-gencode=arch=compute_{number},code={code}")
+        # Every device of 9.0 has the instructions of 9.0a, by which the fused kernels multiply.
+        own = "90a" if number == "90" else number
+        flags.append(f"-gencode=arch=compute_{own},code=sm_{own}")
+        if match[4] is not None:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
 
 

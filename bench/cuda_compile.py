@@ -89,7 +89,7 @@ def build_library(folder: Path) -> Path:
 
 
 REPORT = re.compile(
-    r"Compiling entry function '(?P<symbol>\w+)' for '(?P<architecture>sm_\d+)'.*?"
+    r"Compiling entry function '(?P<symbol>\w+)' for '(?P<architecture>sm_\d+)a?'.*?"
     r"Function properties for (?P=symbol)\s+"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
     r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",

@@ -25,6 +25,9 @@ TERMS, OUTPUTS = 16, 8
 EVERY_TAP = [range(9)]
 PHASES = [(4,), (3, 5), (1, 7), (0, 2, 6, 8)]
 
+# The same taps by the input that they meet: `ordered_tap` of csrc/cuda/fused_index.h.
+ORDERED_TAPS = [4, 5, 8, 7, 3, 6, 2, 1, 0]
+
 # The networks that the kernels are compiled for, at their numbers: `with_shape` of fused_shapes.h.
 SHAPES = [
     ("paper", 28),
@@ -127,8 +130,7 @@ def _pack_encoders(pairs: Sequence[Sequence[tuple[Tensor, Tensor]]], pixels: int
     packed = [fragments(torch.cat([taps, _parts(torch.cat([bias for _, bias in first]))]))]
     for weight, _ in second:
         across = weight.shape[0] // (2 * OUTPUTS)  # Tiles of one of two groups of columns.
-        found = fragments(_joint(_terms(_rounded(weight)), across))
-        packed.append(_twins(found.unflatten(0, (-1, across))))
+        packed.append(_in_parts(_joint(_terms(_rounded(weight)), across)))
     packed += [fragments(_terms(_rounded(weight))) for weight, _ in third]
     # Its pixels are summed, not averaged.
     packed += [fragments(_terms(_rounded(weight / pixels))) for weight, _ in fourth]
@@ -148,10 +150,6 @@ def _pack_decoder(decoder: Decoder) -> LayerParts:
         for layer in layers
     ]
     columns = [weight.shape[0] // OUTPUTS for weight in weights]
-    # tap, step, column -> column, step, tap.
-    third = fragments(_terms(weights[2])).unflatten(0, (9, -1, columns[2])).transpose(0, 2)
-    # tap and step, column -> column, tap and step.
-    fourth = fragments(_terms(weights[3])).unflatten(0, (-1, columns[3])).transpose(0, 1)
     # With stride 1 it is a convolution by the mirrored kernel. The last layer has one output: the
     # taps of a row are the columns.
     fifth, last = (weight.flip(2, 3) for weight in weights[4:])
@@ -160,8 +158,8 @@ def _pack_decoder(decoder: Decoder) -> LayerParts:
         fragments(_joint(dense.T, 4)),
         fragments(_terms(weights[0])),
         fragments(_joint(_terms(weights[1]), 2 if columns[1] >= 8 else 1)),
-        _twins(third.flatten(1, 2)),
-        _twins(fourth),
+        _in_phases(weights[2], 2),
+        _in_phases(weights[3], 1),
         _twins(torch.cat(ends)[None]),
     ]
     return packed, [bias, *map(_bias, layers)]
@@ -187,6 +185,24 @@ def _twins(found: Tensor) -> Tensor:
     side. The last one of an odd n gets zeros: see `twins` of csrc/cuda/fused_index.h."""
     padded = nn.functional.pad(found, (0, 0, 0, 0, 0, found.shape[1] % 2))
     return padded.unflatten(1, (-1, 2)).transpose(2, 3).reshape(-1, 32, 4)
+
+
+def _in_parts(matrix: Tensor) -> Tensor:
+    """(terms, outputs) -> (fragments, 32, 4): of each step of terms first all outputs by its first 8
+    terms, in parts of 8 outputs by 8 terms, then by the others: see `kPartBytes` of fused_index.h.
+    """
+    # step, half, term, part, output -> step, half, part, output, term.
+    cut = matrix.unflatten(0, (-1, 2, TERMS // 2)).unflatten(-1, (-1, OUTPUTS))
+    return cut.permute(0, 1, 3, 4, 2).reshape(-1, 32, 4)
+
+
+def _in_phases(weight: Tensor, groups: int) -> Tensor:
+    """(out, in, 3, 3) -> (fragments, 32, 4) of a transposed convolution: of each step of terms and
+    each group of outputs its taps in parts, see `ordered_tap` of fused_index.h."""
+    terms = weight.flatten(2).permute(2, 1, 0)[ORDERED_TAPS]
+    # tap, step, half, term, group, part, output -> step, group, half, tap, part, output, term.
+    cut = terms.unflatten(1, (-1, 2, TERMS // 2)).unflatten(-1, (groups, -1, OUTPUTS))
+    return cut.permute(1, 4, 2, 0, 5, 6, 3).reshape(-1, 32, 4)
 
 
 def _parts(values: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class Problem(ctypes.Structure):
         + [("slope", ctypes.c_double), ("strength", ctypes.c_double), ("smoothing", ctypes.c_int64)]
         + [(name, ctypes.c_void_p) for name in ("weights", "biases", "maps", "patches")]
         + [(name, ctypes.c_void_p) for name in ("latents", "errors")]
-        + [(name, ctypes.c_int64) for name in ("kernel", "blocks", "descending", "has_stmatrix")]
+        + [(name, ctypes.c_int64) for name in ("kernel", "blocks", "descending", "architecture")]
     )
 
 
@@ -110,7 +110,7 @@ class Emulation:
         chunk: int | None = None,
         blocks: int = 1,
         descending: bool = False,
-        has_stmatrix: bool = True,
+        architecture: int = 90,
     ) -> None:
         config = model.config
         self.library = library
@@ -163,7 +163,7 @@ class Emulation:
             errors=self.errors.data_ptr(),
             blocks=blocks,
             descending=descending,
-            has_stmatrix=has_stmatrix,
+            architecture=architecture,
         )
 
     def run(self, kernel: str) -> Counts:

@@ -74,14 +74,15 @@ FASTALPS_DEVICE void first_convolution(const Lane& lane, const uint16_t* image,
 // `weights` and `biases` begin at the first of the columns: those of a group.
 template <class S>
 FASTALPS_DEVICE void second_convolution(const Lane& lane, const unsigned char* map,
-                                        const uint4* weights, const float2* biases, float slope,
-                                        int first_tile, unsigned char* output) {
+                                        const unsigned char* weights, const float2* biases,
+                                        float slope, int first_tile, unsigned char* output) {
   using In = typename S::FirstMap;
   constexpr int kAcross = S::kTilesAcross, kDown = S::kTilesDown;
   constexpr int kSteps = S::kFirst / kTileTerms;
   const int first_row = 2 * first_tile + lane.row / 8 * kDown;
   const unsigned char* const corner =
       map + In::chunk(lane.half, 2 * first_row * S::kRow + lane.row % 8);
+  const unsigned char* const mine = weights + part_of<1>(lane, S::kSecondColumns);
   float sums[kDown][kAcross][4];
   start_joint(lane, biases, sums);
 #pragma unroll
@@ -96,7 +97,7 @@ FASTALPS_DEVICE void second_convolution(const Lane& lane, const unsigned char* m
     for (int tap_row = 0; tap_row < 3; ++tap_row) {
       const int terms = (3 * tap_row + tap_column) * kSteps + step;
       uint2 b[kAcross];
-      read_twins(weights + terms * S::kSecondGroups * twins(kAcross) / 2 * kLanes + lane.index, b);
+      read_parts<1>(mine + terms * S::kSecondColumns * 2 * kPartBytes, b);
 #pragma unroll
       for (int across = 0; across < kAcross; ++across) {
 #pragma unroll
@@ -117,6 +118,49 @@ FASTALPS_DEVICE void second_convolution(const Lane& lane, const unsigned char* m
   }
 }
 
+// The same by a group of warps, all of a network's results at once: a part of A is a row of
+// outputs, its rows in memory what a tap reads. Nothing but biases and results passes through
+// registers.
+template <class S>
+FASTALPS_DEVICE void second_by_group(const Lane& lane, const unsigned char* map,
+                                     const unsigned char* weights, const float2* biases,
+                                     float slope, unsigned char* output) {
+  using In = typename S::FirstMap;
+  constexpr int kAcross = S::kTilesAcross, kColumns = S::kSecondColumns;
+  constexpr int kSteps = S::kFirst / kTileTerms;
+  const Matrix inputs(map, In::kPlaneBytes, 2 * S::kRow * kChunkBytes);
+  const Matrix terms(weights, kColumns * kPartBytes, kPartBytes);
+  float sums[kColumns][4];
+#pragma unroll
+  for (int i = 0; i < 4 * kColumns; ++i) {
+    const int column = i / 4, group = column / kAcross;
+    const float2 bias =
+        biases[(group * kAcross * kTileColumns + joint_channel<kAcross>(lane.quad)) / 2 +
+               column % kAcross];
+    sums[column][i % 4] = i % 2 == 0 ? bias.x : bias.y;
+  }
+  hold(sums);
+  start_group();
+#pragma unroll
+  for (int i = 0; i < 9 * kSteps; ++i) {
+    multiply_group(sums, inputs.at(In::chunk(2 * (i % kSteps), S::tap_cell(i / kSteps))),
+                   terms.at(i * kColumns * 2 * kPartBytes));
+  }
+  finish_group();
+  hold(sums);
+#pragma unroll
+  for (int lower = 0; lower < 2; ++lower) {
+    const int row = lane.warp % kGroupWarps * 2 + lower;
+    unsigned char* const pixel = output + (row * S::kQuarter + lane.group) * S::kSecond * 2;
+#pragma unroll
+    for (int group = 0; group < S::kSecondGroups; ++group) {
+      put_joint(pixel + group * kAcross * kTileColumns * 2, lane, lower, slope,
+                row < S::kQuarter && lane.group < S::kQuarter,
+                reinterpret_cast<const float (&)[kAcross][4]>(sums[group * kAcross]));
+    }
+  }
+}
+
 // Kernel E: each block holds all weights and takes patches in turn.
 template <class S>
 FASTALPS_DEVICE void encode(const Work& work, const uint2* weights, const float* biases,
@@ -125,8 +169,7 @@ FASTALPS_DEVICE void encode(const Work& work, const uint2* weights, const float*
   unsigned char* const map = shared + S::kMapAt;
   uint16_t* const image = reinterpret_cast<uint16_t*>(shared + S::kImageAt);
   const uint2* const first_weights = reinterpret_cast<const uint2*>(shared);
-  const uint4* const second =
-      reinterpret_cast<const uint4*>(first_weights + S::kFirstFragments * kLanes);
+  const unsigned char* const second = shared + S::kFirstFragments * kLanes * 8;
   const float2* const second_biases = reinterpret_cast<const float2*>(shared + S::kBiasesAt);
   Patch* const turns = reinterpret_cast<Patch*>(shared + S::kPatchesAt);
   copy_chunks(shared, weights, S::kMapAt);
@@ -149,6 +192,7 @@ FASTALPS_DEVICE void encode(const Work& work, const uint2* weights, const float*
   find(block_index() + block_count(), 0);
   Pixels<Lines<S::kSize>> pixels(work.source, lane, first);
   await_copies();
+  publish();
   barrier();
 
   int turn = 0;
@@ -162,7 +206,18 @@ FASTALPS_DEVICE void encode(const Work& work, const uint2* weights, const float*
       pixels = Pixels<Lines<S::kSize>>(work.source, lane, turns[turn]);
     }
     find(number + 2 * block_count(), turn ^ 1);
+    publish();
     barrier();
+    if (multiplies_by_groups()) {
+      const int network = lane.warp / kGroupWarps;
+      if (network >= work.networks) continue;
+      second_by_group<S>(
+          lane, map + S::FirstMap::chunk(network * (S::kFirst / kChunkChannels), 0),
+          second + network * S::kSecondFragments * kLanes * 8,
+          second_biases + network * S::kSecond / 2, work.slope,
+          work.maps + (static_cast<int64_t>(number) * work.networks + network) * S::kOutputs * 2);
+      continue;
+    }
     constexpr int kTiles = divide_up(S::kQuarter, 2);
     constexpr int kDownGroups = divide_up(kTiles, S::kTilesDown);
     const uint32_t items = work.networks * kDownGroups * S::kSecondGroups;
@@ -172,7 +227,7 @@ FASTALPS_DEVICE void encode(const Work& work, const uint2* weights, const float*
       const int first_channel = group * S::kTilesAcross * kTileColumns;
       second_convolution<S>(
           lane, map + S::FirstMap::chunk(network * (S::kFirst / kChunkChannels), 0),
-          second + (network * S::kSecondFragments + group * twins(S::kTilesAcross)) / 2 * kLanes,
+          second + network * S::kSecondFragments * kLanes * 8 + first_channel * kChunkBytes,
           second_biases + (network * S::kSecond + first_channel) / 2, work.slope,
           down_group * S::kTilesDown,
           work.maps + (static_cast<int64_t>(number) * work.networks + network) * S::kOutputs * 2 +

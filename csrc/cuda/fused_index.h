@@ -18,6 +18,7 @@ namespace fastalps::cuda::fused {
 constexpr int kLanes = 32;
 constexpr int kWarps = 8;
 constexpr int kBlock = kLanes * kWarps;
+constexpr int kGroupWarps = 4;  // That multiply together, where they can.
 
 // Of mma.sync m16n8k16: 16 rows of A, 8 columns of B, 16 terms.
 constexpr int kTileRows = 16;
@@ -62,6 +63,10 @@ FASTALPS_INDEX int fragments(int taps, int inputs, int outputs) {
 // one read brings two. How many fit `count` of them, with zeros for the last one's twin.
 FASTALPS_INDEX int twins(int count) { return align_up(count, 2); }
 
+// Weights that groups of warps multiply by as they lie in shared memory come as `Matrix` has them:
+// of each step of 16 terms first all parts of the first 8 terms, 8 outputs a part, then the others.
+constexpr int kPartBytes = 128;
+
 // One lane's part in an mma (PTX ISA, "Matrix Fragments for mma.m16n8k16"): of the result, rows
 // `group` and `group` + 8, columns 2 * `quad` and the next; of A, by ldmatrix, the address of 8
 // terms, the first or the second `half` of 16, of row `row`.
@@ -104,6 +109,18 @@ struct Map {
 // 2 * a + 1 takes tap 2 of input a and tap 0 of input a + 1.
 FASTALPS_INDEX int tap_phase(int tap) { return tap == 1 ? 0 : 1; }
 FASTALPS_INDEX int tap_neighbour(int tap) { return tap == 0 ? 1 : 0; }
+
+// The taps in the order in which groups of warps multiply by them: by the input that they meet, of
+// an anchor that itself, the one to its right, the one below, the one below that. The phases that
+// an input's taps, so many from the first one on, are for are neighbours among 00, 01, 11, 10.
+FASTALPS_INDEX int ordered_tap(int place) {
+  constexpr int kTaps[9] = {4, 5, 8, 7, 3, 6, 2, 1, 0};
+  return kTaps[place];
+}
+FASTALPS_INDEX int ordered_phase(int phase) { return phase < 2 ? phase : 5 - phase; }
+FASTALPS_INDEX int taps_of_input(int input) { return input == 0 ? 4 : input == 3 ? 1 : 2; }
+FASTALPS_INDEX int first_tap_of_input(int input) { return input == 0 ? 0 : 2 * input + 2; }
+FASTALPS_INDEX int first_phase_of_input(int input) { return input < 2 ? input : 2; }
 
 // A map in planes of 8 channels, a chunk a pixel: 8 pixels in a row meet all 32 banks, and a
 // neighbour is a constant distance away, so that a layer's loop computes no addresses. What lies

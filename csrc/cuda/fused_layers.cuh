@@ -184,6 +184,25 @@ FASTALPS_DEVICE void read_twins(const uint4* place, uint2 (&values)[kCount]) {
   }
 }
 
+// Reads a lane's values of kCount fragments, each kStride'th of a step, from weights in parts, see
+// `kPartBytes`; `place` with the offset of `part_of`, where a step has `parts` for each 8 terms.
+template <int kStride, int kCount>
+FASTALPS_DEVICE void read_parts(const unsigned char* place, uint2 (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; i += 2) {
+    const bool two = i + 1 < kCount;
+    const unsigned char* const chunk = place + i * kStride * kPartBytes;
+    const Operand found = two ? load_operand(chunk) : load_half_operand(chunk);
+    values[i] = uint2{found.word[0], found.word[1]};
+    if (two) values[i + 1] = uint2{found.word[2], found.word[3]};
+  }
+}
+template <int kStride>
+FASTALPS_DEVICE int part_of(const Lane& lane, int parts) {
+  const int matrix = lane.index / 8;
+  return (matrix % 2 * parts + matrix / 2 * kStride) * kPartBytes + lane.index % 8 * kChunkBytes;
+}
+
 FASTALPS_DEVICE void put(unsigned char* place, uint32_t pair) {
   *reinterpret_cast<uint32_t*>(place) = pair;
 }

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "fused_index.h"
+
 #define FASTALPS_DEVICE __device__ __forceinline__
 
 namespace fastalps::cuda::fused {
@@ -112,6 +114,113 @@ FASTALPS_DEVICE void store_matrices(bool stored, unsigned char* row, const uint3
       : "memory");
 #endif
 }
+
+// Whether four warps, a group, can multiply matrices that lie in shared memory: wgmma of sm_90a.
+FASTALPS_DEVICE constexpr bool multiplies_by_groups() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  return true;
+#else
+  return false;
+#endif
+}
+
+// A matrix of 16 terms for `multiply_group`, in parts of 8 rows by 8 terms: a part is 128 bytes,
+// row by row. `across`: bytes from the first 8 terms' parts to the others', `down`: from 8 rows to
+// the next ones (PTX ISA, "Matrix Descriptor Format", without swizzling).
+struct Matrix {
+  uint32_t lower, upper;
+
+  FASTALPS_DEVICE Matrix(const unsigned char* first, int across, int down) {
+    uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(first));
+    asm volatile("" : "+r"(address));  // Else those of all products are kept in registers.
+    lower = (address & 0x3ffff) >> 4 | static_cast<uint32_t>(across >> 4) << 16;
+    upper = static_cast<uint32_t>(down >> 4);
+  }
+  // The same, so many bytes behind it.
+  FASTALPS_DEVICE Matrix at(int bytes) const {
+    Matrix other = *this;
+    other.lower += bytes >> 4;
+    return other;
+  }
+};
+
+// What this thread has written to shared memory is seen by `multiply_group`, after a barrier.
+FASTALPS_DEVICE void publish() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// Products of a group that are started between these are done behind them; the compiler must have
+// their sums in registers before, and may read them after: `hold`.
+FASTALPS_DEVICE void start_group() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+FASTALPS_DEVICE void finish_group() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.commit_group.sync.aligned;\n wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#endif
+}
+template <int kTiles>
+FASTALPS_DEVICE void hold(float (&sums)[kTiles][4]) {
+#pragma unroll
+  for (int i = 0; i < 4 * kTiles; ++i) asm volatile("" : "+f"(sums[i / 4][i % 4])::"memory");
+}
+
+#define FASTALPS_SUMS(tile) \
+  "+f"(sums[tile][0]), "+f"(sums[tile][1]), "+f"(sums[tile][2]), "+f"(sums[tile][3])
+#define FASTALPS_WGMMA(columns, registers, a_lower, a_upper, b_lower, b_upper)  \
+  "{\n .reg .pred p;\n .reg .b64 a, b;\n setp.ne.b32 p, 1, 0;\n"                \
+  " mov.b64 a, {" a_lower ", " a_upper "};\n mov.b64 b, {" b_lower ", " b_upper \
+  "};\n"                                                                        \
+  " wgmma.mma_async.sync.aligned.m64n" columns "k16.f32.bf16.bf16 {" registers  \
+  "}, a, b, "                                                                   \
+  "p, 1, 1, 0, 0;\n}"
+#define FASTALPS_SIXTEEN "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define FASTALPS_MATRICES "r"(a.lower), "r"(a.upper), "r"(b.lower), "r"(b.upper)
+
+// sums += A * B of a group: A has 64 rows, of which warp w has the 16 from 16 w on, as in
+// `multiply_add`; B has 8 columns (rows in memory) a tile. Done when `finish_group` is.
+template <int kTiles, int kFirst = 0>
+FASTALPS_DEVICE void multiply_group(float (&sums)[kTiles][4], const Matrix& a, const Matrix& b) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr int kLeft = kTiles - kFirst;
+  if constexpr (kLeft >= 8) {
+    asm volatile(FASTALPS_WGMMA("64",
+                                FASTALPS_SIXTEEN
+                                ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, "
+                                "%28, %29, %30, %31",
+                                "%32", "%33", "%34", "%35")
+                 : FASTALPS_SUMS(kFirst), FASTALPS_SUMS(kFirst + 1), FASTALPS_SUMS(kFirst + 2),
+                   FASTALPS_SUMS(kFirst + 3), FASTALPS_SUMS(kFirst + 4), FASTALPS_SUMS(kFirst + 5),
+                   FASTALPS_SUMS(kFirst + 6), FASTALPS_SUMS(kFirst + 7)
+                 : FASTALPS_MATRICES);
+  } else if constexpr (kLeft >= 4) {
+    asm volatile(FASTALPS_WGMMA("32", FASTALPS_SIXTEEN, "%16", "%17", "%18", "%19")
+                 : FASTALPS_SUMS(kFirst), FASTALPS_SUMS(kFirst + 1), FASTALPS_SUMS(kFirst + 2),
+                   FASTALPS_SUMS(kFirst + 3)
+                 : FASTALPS_MATRICES);
+  } else if constexpr (kLeft >= 2) {
+    asm volatile(FASTALPS_WGMMA("16", "%0, %1, %2, %3, %4, %5, %6, %7", "%8", "%9", "%10", "%11")
+                 : FASTALPS_SUMS(kFirst), FASTALPS_SUMS(kFirst + 1)
+                 : FASTALPS_MATRICES);
+  } else {
+    asm volatile(FASTALPS_WGMMA("8", "%0, %1, %2, %3", "%4", "%5", "%6", "%7")
+                 : FASTALPS_SUMS(kFirst)
+                 : FASTALPS_MATRICES);
+  }
+  constexpr int kDone = kLeft >= 8 ? 8 : kLeft >= 4 ? 4 : kLeft >= 2 ? 2 : 1;
+  if constexpr (kLeft > kDone) {
+    multiply_group<kTiles, kFirst + kDone>(sums, a, b.at(kDone * kPartBytes));
+  }
+#endif
+}
+#undef FASTALPS_SUMS
+#undef FASTALPS_WGMMA
+#undef FASTALPS_SIXTEEN
+#undef FASTALPS_MATRICES
 
 // Two bf16 in one word, rounded to nearest even, the first in the lower half.
 FASTALPS_DEVICE uint32_t round_pair(float first, float second) {

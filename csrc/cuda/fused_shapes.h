@@ -29,15 +29,15 @@ struct EncodeShape {
   }
   static constexpr int kFirstColumns = 2 * kFirst / kTileColumns;
   static constexpr int kFirstFragments = fragments(9, 1, 2 * kFirst);
-  // Of one network: of each term two groups of columns.
+  // Of one network: two groups of columns.
   static constexpr int kTilesDown = 2, kTilesAcross = kSecond / kTileColumns / 2;
-  static constexpr int kSecondGroups = 2, kSecondTerms = 9 * kFirst / kTileTerms;
-  static constexpr int kSecondFragments = kSecondTerms * kSecondGroups * twins(kTilesAcross);
+  static constexpr int kSecondGroups = 2, kSecondColumns = kSecond / kTileColumns;
+  static constexpr int kSecondFragments = fragments(9, kFirst, kSecond);
   static constexpr int kFragments = kFirstFragments + 2 * kSecondFragments;
   static constexpr int kBiases = 2 * kFirst + 2 * kSecond;
   static constexpr int kOutputs = kQuarter * kQuarter * kSecond;  // Of one network.
 
-  static_assert(kFirst % 16 == 0 && kSecond % 16 == 0 && kFirstFragments % 2 == 0);
+  static_assert(kFirst % 16 == 0 && kSecond % 16 == 0);
 
   // Shared memory: weights, the first map, the bordered image, the second layer's biases, where two
   // patches are.
@@ -225,12 +225,10 @@ struct DecodeShape {
                                kind_at(2) << 15 | kind_at(3) << 20 | (kind_at(0) + 1) << 25;
   FASTALPS_INDEX static int run_at(int side, int run) { return kRuns >> 5 * (2 * side + run) & 31; }
 
-  // Those of a column are together: of the third layer the taps of each step, of the fourth the
-  // steps of each tap.
-  static constexpr int kThirdTerms = twins(9 * kInputs / kTileTerms);
-  static constexpr int kThirdFragments = kThirdTerms * (kThird / kTileColumns);
-  static constexpr int kFourthTerms = twins(9 * kThird / kTileTerms);
-  static constexpr int kFourthFragments = kFourthTerms * (kFourth / kTileColumns);
+  // Of the third layer and the fourth each step's taps are together, see `ordered_tap`; two groups
+  // of warps share out the third one's columns.
+  static constexpr int kThirdFragments = fragments(9, kInputs, kThird);
+  static constexpr int kFourthFragments = fragments(9, kThird, kFourth);
   // Of the fifth layer the three taps of a row are the terms of its steps.
   static constexpr int kFifthSteps = divide_up(3 * kFourth, kTileTerms);
   static constexpr int kFifthFragments = 3 * kFifthSteps * (kFifth / kTileColumns);
@@ -243,7 +241,7 @@ struct DecodeShape {
   static constexpr int kInputValues = kInputPixels * kInputs;
 
   // What a warp computes: columns of eight outputs, and rows.
-  static constexpr int kThirdColumns = kThird / kTileColumns;
+  static constexpr int kThirdColumns = kThird / kTileColumns, kThirdAcross = kThirdColumns / 2;
   static constexpr int kThirdDown = kThirdColumns >= 4 ? 2 : 1;  // Tiles.
   static constexpr int kThirdItems = kRun / 2 / kThirdDown * kThirdColumns;
   static constexpr int kFourthColumns = kFourth / kTileColumns;

@@ -26,7 +26,7 @@ struct Problem {
   Patch* patches;
   float* latents;
   float* errors;
-  int64_t kernel, blocks, descending, has_stmatrix;
+  int64_t kernel, blocks, descending, architecture;
 };
 
 std::string message;
@@ -34,7 +34,7 @@ emulation::Counts counts;
 
 template <typename Kernel>
 void run_kernel(const Problem& problem, int shared_bytes, Kernel&& kernel) {
-  emulation::Machine machine(problem.descending != 0, problem.has_stmatrix != 0);
+  emulation::Machine machine(problem.descending != 0, static_cast<int>(problem.architecture));
   for (int block = 0; block < problem.blocks && message.empty(); ++block) {
     message = machine.run(block, static_cast<int>(problem.blocks), shared_bytes, kernel);
   }

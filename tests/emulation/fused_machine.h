@@ -94,10 +94,10 @@ class Machine {
   int thread = 0, block = 0, blocks = 1;
   Counts counts;
 
-  const bool stores_matrices;
+  const int architecture;  // As in sm_90.
 
-  Machine(bool descending, bool has_stmatrix)
-      : stores_matrices(has_stmatrix), descending_(descending), stacks_(kThreads * kStack) {}
+  Machine(bool descending, int architecture_)
+      : architecture(architecture_), descending_(descending), stacks_(kThreads * kStack) {}
 
   // Runs one block; the empty string where nothing was wrong.
   std::string run(int block_number, int block_total, int shared_bytes,
@@ -133,6 +133,19 @@ class Machine {
   }
 
   Thread& self() { return threads_[thread]; }
+
+  // What a group of warps reads of shared memory.
+  float widened(const unsigned char* place) {
+    if (place < shared_ || place + 2 > shared_ + shared_bytes_) {
+      error_ = "a matrix outside shared memory";
+      return 0.0f;
+    }
+    uint16_t half;
+    std::memcpy(&half, place, 2);
+    return widen(half);
+  }
+
+  void publish() {}
 
   void start_copy(unsigned char* target, const void* source) {
     if (target < shared_ || target + 16 > shared_ + shared_bytes_) {
@@ -268,8 +281,8 @@ class Machine {
     counts.store_cycles += cycles(rows, 4);
     for (int matrix = 0; matrix < 4; ++matrix) {
       for (int lane = 0; lane < 32; ++lane) {
-        std::memcpy(lanes[8 * matrix + lane / 4].target + lane % 4 * 4,
-                    &lanes[lane].stored[matrix], 4);
+        std::memcpy(lanes[8 * matrix + lane / 4].target + lane % 4 * 4, &lanes[lane].stored[matrix],
+                    4);
       }
     }
   }
@@ -377,7 +390,48 @@ inline void copy_async(unsigned char* target, const void* source) {
 }
 inline void await_copies() { emulation::Machine::current->finish_copies(); }
 
-inline bool stores_matrices() { return emulation::Machine::current->stores_matrices; }
+inline bool stores_matrices() { return emulation::Machine::current->architecture >= 90; }
+
+inline bool multiplies_by_groups() { return emulation::Machine::current->architecture == 90; }
+
+struct Matrix {
+  const unsigned char* first;
+  int across, down;
+
+  Matrix(const unsigned char* first_, int across_, int down_)
+      : first(first_), across(across_), down(down_) {}
+  Matrix at(int bytes) const { return {first + bytes, across, down}; }
+
+  float value(int row, int term) const {
+    const unsigned char* const part = first + term / 8 * across + row / 8 * down;
+    return emulation::Machine::current->widened(part + row % 8 * 16 + term % 8 * 2);
+  }
+};
+
+inline void publish() { emulation::Machine::current->publish(); }
+inline void start_group() {}
+inline void finish_group() {}
+template <int kTiles>
+void hold(float (&)[kTiles][4]) {}
+
+// PTX ISA, "Register Fragments and Shared Memory Matrix Layouts" of wgmma m64nNk16: a warp has 16
+// rows of 64, in them a lane what it has of mma m16n8k16.
+template <int kTiles>
+void multiply_group(float (&sums)[kTiles][4], const Matrix& a, const Matrix& b) {
+  const int thread = thread_index() % 128, lane = thread % 32;
+  if (lane == 0) ++emulation::Machine::current->counts.multiplies;
+  for (int tile = 0; tile < kTiles; ++tile) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = thread / 32 * 16 + lane / 4 + (i < 2 ? 0 : 8);
+      const int column = tile * 8 + lane % 4 * 2 + (i & 1);
+      double sum = 0.0;
+      for (int term = 0; term < 16; ++term) {
+        sum += static_cast<double>(a.value(row, term)) * b.value(column, term);
+      }
+      sums[tile][i] = static_cast<float>(sums[tile][i] + sum);
+    }
+  }
+}
 
 inline void store_matrices(bool stored, unsigned char* row, const uint32_t (&words)[4]) {
   if (!stored) return;  // All lanes or none: others would meet different instructions.
