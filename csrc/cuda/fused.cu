@@ -1,4 +1,7 @@
 // The fused scoring kernels and their launches: frames to errors by five kernels a chunk.
+#include <map>
+#include <mutex>
+
 #include "device.h"
 #include "fused.h"
 #include "fused_decoder.cuh"
@@ -31,8 +34,8 @@ constexpr int kSharedInAll = 228 * 1024;
 template <class S>
 constexpr int kResident = std::max(1, std::min(3, kSharedInAll / (S::kSharedBytes + 1024)));
 
-// Of wide networks M's forms with two tiles fit 9.0 and 10.0 only, see `run_stages`: others do not
-// compile them.
+// Of wide networks M's forms with two tiles fit 9.0 and 10.0 only, see `Stages::prepare`: others do
+// not compile them.
 template <class S>
 constexpr bool kFits = S::kSharedBytes + 1024 <= kSharedInAll;
 
@@ -127,32 +130,69 @@ struct Stage {
 
 constexpr size_t kStages = 5, kMiddle = 3;
 
+// The launches of a network, and M's with more tiles a block: less traffic from L2, for launches
+// that still fill the device.
+struct Stages {
+  std::array<Stage, kStages> stages;
+  std::array<Stage, kMiddle> wide;
+
+  cudaError_t prepare(bool early) {
+    cudaError_t status;
+    for (Stage& stage : stages) {
+      if ((status = stage.prepare(early)) != cudaSuccess) return status;
+    }
+    const int most_shared = device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>();
+    for (Stage& stage : wide) {
+      if (stage.shared > most_shared) continue;
+      if ((status = stage.prepare(early)) != cudaSuccess) return status;
+    }
+    return cudaSuccess;
+  }
+};
+
 // Tasks of the launches: patches, of both networks or one, or rows.
 template <class S>
-std::array<Stage, kStages> stages_of() {
-  return {{{fused_encode_kernel<typename S::Encode>, S::Encode::kSharedBytes, 0, 0},
-           {fused_latent_kernel<typename S::Latent>, S::Latent::kSharedBytes, S::kLatentAt,
-            S::kLatentBias, S::Latent::kPatches},
-           {fused_dense_kernel<typename S::Dense>, S::Dense::kSharedBytes, S::kDenseAt,
-            S::kDenseBias, S::Dense::kRows, S::Dense::kGroups},
-           {fused_expand_kernel<typename S::Expand>, S::Expand::kSharedBytes, S::kExpandAt,
-            S::kExpandBias, S::Expand::kRows},
-           {fused_decode_kernel<typename S::Decode>, S::Decode::kSharedBytes, S::kDecodeAt,
-            S::kDecodeBias}}};
-}
-
-// M with more tiles a block: less traffic from L2, for launches that still fill the device.
-template <class S>
-std::array<Stage, kMiddle> wide_stages_of() {
+Stages stages_of() {
   using Latent = typename S::template LatentOf<2>;
   using Dense = typename S::template DenseOf<4>;
   using Expand = typename S::template ExpandOf<2>;
-  return {{{fused_latent_kernel<Latent>, Latent::kSharedBytes, S::kLatentAt, S::kLatentBias,
-            Latent::kPatches},
-           {fused_dense_kernel<Dense>, Dense::kSharedBytes, S::kDenseAt, S::kDenseBias,
-            Dense::kRows, Dense::kGroups},
-           {fused_expand_kernel<Expand>, Expand::kSharedBytes, S::kExpandAt, S::kExpandBias,
-            Expand::kRows}}};
+  return {{{{fused_encode_kernel<typename S::Encode>, S::Encode::kSharedBytes, 0, 0},
+            {fused_latent_kernel<typename S::Latent>, S::Latent::kSharedBytes, S::kLatentAt,
+             S::kLatentBias, S::Latent::kPatches},
+            {fused_dense_kernel<typename S::Dense>, S::Dense::kSharedBytes, S::kDenseAt,
+             S::kDenseBias, S::Dense::kRows, S::Dense::kGroups},
+            {fused_expand_kernel<typename S::Expand>, S::Expand::kSharedBytes, S::kExpandAt,
+             S::kExpandBias, S::Expand::kRows},
+            {fused_decode_kernel<typename S::Decode>, S::Decode::kSharedBytes, S::kDecodeAt,
+             S::kDecodeBias}}},
+          {{{fused_latent_kernel<Latent>, Latent::kSharedBytes, S::kLatentAt, S::kLatentBias,
+             Latent::kPatches},
+            {fused_dense_kernel<Dense>, Dense::kSharedBytes, S::kDenseAt, S::kDenseBias,
+             Dense::kRows, Dense::kGroups},
+            {fused_expand_kernel<Expand>, Expand::kSharedBytes, S::kExpandAt, S::kExpandBias,
+             Expand::kRows}}}};
+}
+
+// The same, prepared for the current device: once, since for a call of few patches all the
+// questions would take the host longer than the launches. An error is not kept.
+template <class S>
+cudaError_t prepared_stages(const Stages** prepared) {
+  static std::mutex mutex;
+  static std::map<int, Stages> known;  // By device; what it holds stays where it is.
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto found = known.find(device);
+  if (found == known.end()) {
+    Stages stages = stages_of<S>();
+    // Two blocks of E fill a multiprocessor.
+    status = stages.prepare(kResident<typename S::Encode> <= 2);
+    if (status != cudaSuccess) return status;
+    found = known.emplace(device, stages).first;
+  }
+  *prepared = &found->second;
+  return cudaSuccess;
 }
 
 Work work_of(const FusedCall& call) {
@@ -189,20 +229,11 @@ Work work_of(const FusedCall& call) {
   return work;
 }
 
-cudaError_t run_stages(const FusedCall& call, std::array<Stage, kStages> stages,
-                       std::array<Stage, kMiddle> wide, bool early, cudaStream_t stream) {
+cudaError_t run_stages(const FusedCall& call, const Stages& network, cudaStream_t stream) {
   Work work = work_of(call);
   const int64_t total = work.source.total;
   if (total == 0) return cudaSuccess;
   cudaError_t status;
-  for (Stage& stage : stages) {
-    if ((status = stage.prepare(early)) != cudaSuccess) return status;
-  }
-  const int most_shared = device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>();
-  for (Stage& stage : wide) {
-    if (stage.shared > most_shared) continue;
-    if ((status = stage.prepare(early)) != cudaSuccess) return status;
-  }
   if (call.index != nullptr) {
     const size_t bytes = static_cast<size_t>(work.passes * total) * sizeof(float);
     if ((status = cudaMemsetAsync(call.errors, 0, bytes, stream)) != cudaSuccess) return status;
@@ -211,13 +242,13 @@ cudaError_t run_stages(const FusedCall& call, std::array<Stage, kStages> stages,
     work.size = static_cast<int32_t>(std::min(call.chunk, total - work.begin));
     const int64_t rows = int64_t{work.size} * work.passes;
     const int64_t tasks[] = {work.size, work.size * int64_t{work.networks}, rows, rows, rows};
-    for (size_t i = 0; i < stages.size(); ++i) {
+    for (size_t i = 0; i < kStages; ++i) {
       const auto blocks_of = [&](const Stage& stage) {
         return ceil_divide(tasks[i], int64_t{stage.tasks}) * stage.groups;
       };
-      const Stage* stage = &stages[i];
+      const Stage* stage = &network.stages[i];
       if (i >= 1 && i <= kMiddle) {
-        const Stage& wider = wide[i - 1];
+        const Stage& wider = network.wide[i - 1];
         if (wider.resident > 0 && blocks_of(wider) >= multiprocessors()) stage = &wider;
       }
       if ((status = stage->launch(work, blocks_of(*stage), stream)) != cudaSuccess) return status;
@@ -239,10 +270,9 @@ bool fused_sizes(int64_t shape, FusedSizes* sizes) {
 cudaError_t fused_errors(const FusedCall& call, cudaStream_t stream) {
   cudaError_t status = cudaErrorInvalidValue;
   with_shape(call.shape, [&](auto named) {
-    using S = decltype(named);
-    // Two blocks of E fill a multiprocessor.
-    const bool early = kResident<typename S::Encode> <= 2;
-    status = run_stages(call, stages_of<S>(), wide_stages_of<S>(), early, stream);
+    const Stages* network = nullptr;
+    status = prepared_stages<decltype(named)>(&network);
+    if (status == cudaSuccess) status = run_stages(call, *network, stream);
   });
   return status;
 }
