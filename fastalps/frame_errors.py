@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastalps.chunks import Plan
+from fastalps.chunks import Band, Plan
 from fastalps.inference import Cut, Passes
 from fastalps.inputs import Pixels, check_pixels, home, release_mapped, to_tensor
 from fastalps.streaming import COMPUTE, Staging
@@ -54,7 +54,7 @@ class Network(Protocol):
 
         Returns:
             errors (rows, N, P) float32, 0 where the gate dropped the patch, and kept bool (N, P),
-            or None without a background.
+            or None without a background. Both are the caller's: nothing writes to them later.
         """
         ...
 
@@ -102,21 +102,19 @@ def frame_errors(
         background = staging.constant(background)
     for part, band in pieces:
         if band is plan.bands[0]:
-            whole = to_tensor(frames[part])
+            every = part == slice(0, len(frames))
+            whole = to_tensor(frames if every else frames[part])
             check_pixels("frames", whole, offset + part.start)
             whole = whole.to(network.device) if staging is None else staging.upload(whole)
             release_mapped(frames)
-        pixels = whole[..., band.top : band.bottom, :]
+        pixels = _rows(whole, band)
         gate: tuple[Tensor, float] | tuple[()] = ()
         if threshold is not None and background is not None:
-            gate = (background[band.top : band.bottom], threshold)
+            gate = (_rows(background, band), threshold)
         with contextlib.nullcontext() if staging is None else staging.span(COMPUTE):
             found, moved = network.frame_errors(pixels, cut, passes, *gate)
         if errors is None:
-            # Copied: what was made in inference mode could not be changed by who gets it.
-            errors = torch.empty_like(found, device=where).copy_(found)
-            if moved is not None:
-                kept = torch.empty_like(moved, device=where).copy_(moved)
+            errors, kept = _given(found, where), None if moved is None else _given(moved, where)
         else:
             errors[:, part, band.first : band.last] = found.to(where)
             if kept is not None and moved is not None:
@@ -125,3 +123,19 @@ def frame_errors(
             staging.release()
     assert errors is not None
     return errors, kept
+
+
+def _rows(pixels: Tensor, band: Band) -> Tensor:
+    """The band's rows of pixels; of a whole frame without an operation, which takes the host as
+    long as a small kernel."""
+    if band.bottom - band.top == pixels.shape[-2]:
+        return pixels
+    return pixels[..., band.top : band.bottom, :]
+
+
+def _given(found: Tensor, where: torch.device) -> Tensor:
+    """The same there; what was made in inference mode could not be changed by who gets it."""
+    found = found.to(where)
+    if found.is_inference() and not torch.is_inference_mode_enabled():
+        return found.clone()
+    return found

@@ -27,29 +27,30 @@ def reduce_patches(
     """One score a frame from those of its patches.
 
     Args:
-        patches: (N, P) floating.
+        patches: (..., P) floating, such as (N, P).
         reduce: "max"; "mean"; "topk" = the mean of the `top_k` highest (of all when P is less).
         top_k: for "topk".
-        kept: bool (N, P): only these patches count; None = all.
+        kept: bool of the same shape: only these patches count; None = all.
 
     Returns:
-        (N,) float32; 0 for a frame without (kept) patches.
+        (...) float32; 0 for a frame without (kept) patches.
     """
     check_frame_reduce(reduce, top_k)
     patches = patches.float()
-    if patches.shape[1] == 0:
-        return patches.new_zeros(patches.shape[0])
-    number = 1 if reduce == "max" else min(top_k, patches.shape[1])
+    every = patches.shape[-1]
+    if every == 0:
+        return patches.new_zeros(patches.shape[:-1])
+    number = 1 if reduce == "max" else min(top_k, every)
     if kept is None:  # By fewer operations: of single frames they would take most of the time.
         if reduce == "mean":
-            return patches.sum(1) / patches.shape[1]
-        return patches.amax(1) if number == 1 else patches.topk(number, dim=1).values.mean(1)
-    count = kept.sum(1)
+            return patches.sum(-1) / every
+        return patches.amax(-1) if number == 1 else patches.topk(number).values.mean(-1)
+    count = kept.sum(-1)
     if reduce == "mean":
-        return patches.where(kept, 0.0).sum(1) / count.clamp(min=1)
-    highest = patches.where(kept, -torch.inf).topk(number, dim=1).values
+        return patches.where(kept, 0.0).sum(-1) / count.clamp(min=1)
+    highest = patches.where(kept, -torch.inf).topk(number).values
     # A frame with fewer kept patches than top_k is the mean of those that it has.
-    return highest.where(highest > -torch.inf, 0.0).sum(1) / count.clamp(min=1, max=number)
+    return highest.where(highest > -torch.inf, 0.0).sum(-1) / count.clamp(min=1, max=number)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ and no reconstruction is stored. Weights and maps are bf16, sums float32, errors
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -125,8 +126,8 @@ class FusedEngine:
         self.weights, self.biases = (part.to(device) for part in pack_fused(model))
         count = torch.cuda.get_device_properties(device).multi_processor_count
         wave = BLOCK_PATCHES * count
-        scratch = sizes(model.config).bytes(2)
-        self.chunk = wave * max(1, CHUNK_BYTES // (wave * scratch))
+        self.sizes = sizes(model.config)
+        self.chunk = wave * max(1, CHUNK_BYTES // (wave * self.sizes.bytes(2)))
 
     def update(self, model: ALPS) -> None:
         """Takes another model's weights in place: graphs that were captured use them, too.
@@ -157,7 +158,7 @@ class FusedEngine:
         ]
         return torch.cat(pieces, 1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def frame_errors(
         self,
         frames: Tensor,
@@ -172,19 +173,18 @@ class FusedEngine:
         if frames.dtype not in (torch.uint8, torch.float32):
             frames = unit_pixels(frames)
         _, stride, edge = cut
-        rows, columns = ops.patch_grid(frames.shape[1:], *cut)
-        shape = (frames.shape[0], len(rows) * len(columns))
+        shape = (frames.shape[0], _patches_of(frames.shape[1:], cut))
         total = shape[0] * shape[1]
         config = self.config
         single = config.perturbation == "none"  # Both passes are the same.
         normal, perturbed = single or passes != "perturbed", not single and passes != "normal"
         count = 2 if normal and perturbed else 1
         chunk = max(1, min(self.chunk, total))
-        scratch = self._empty(chunk * sizes(config).bytes(2 if perturbed else 1), torch.uint8)
-        errors = torch.empty(count, *shape, dtype=torch.float32, device=self.device)
+        scratch = self._empty(chunk * self.sizes.bytes(2 if perturbed else 1), torch.uint8)
+        errors = self._empty((count, *shape), torch.float32)
         flags = places = None
         if background is not None:
-            flags = self._empty(total, torch.uint8)
+            flags = self._empty(shape, torch.uint8)
             places = self._empty(-(-total // GATE_TILE) + 1 + 2 * total, torch.int64)
         torch.ops.fastalps.fused_errors(
             frames, background, float(threshold), stride, edge != "drop",
@@ -194,7 +194,15 @@ class FusedEngine:
         )  # fmt: skip
         if single and passes == "both":
             errors = errors.repeat(2, 1, 1)
-        return errors, None if flags is None else flags.view(shape) != 0
+        # The kernels write 0 or 1.
+        return errors, None if flags is None else flags.view(torch.bool)
 
-    def _empty(self, count: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(count, dtype=dtype, device=self.device)
+    def _empty(self, shape: int | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+
+@functools.lru_cache(maxsize=16)
+def _patches_of(frame_size: tuple[int, int], cut: Cut) -> int:
+    """Patches of a frame; frames of one video ask the same again and again."""
+    rows, columns = ops.patch_grid(frame_size, *cut)
+    return len(rows) * len(columns)

@@ -75,15 +75,22 @@ def check_array(name: str, values: object) -> None:
     """Raises TypeError unless it is an array of uint8 (0 to 255) or of floating pixels (0 to 1)."""
     if not isinstance(values, (Tensor, np.ndarray)):
         raise TypeError(f"{name} must be a tensor or a numpy array, got {type(values).__name__}")
-    try:
-        known = to_tensor(values[:0]).dtype in PIXEL_DTYPES if values.ndim else False
-    except TypeError:
-        known = False
-    if not known:
+    if not _has_pixels(values):
         raise TypeError(
             f"{name} must be uint8 (0 to 255) or floating (0 to 1), got {values.dtype}; "
             "convert them"
         )
+
+
+def _has_pixels(values: Pixels) -> bool:
+    if values.ndim == 0:
+        return False
+    if isinstance(values, Tensor):
+        return values.dtype in PIXEL_DTYPES
+    try:
+        return to_tensor(values[:0]).dtype in PIXEL_DTYPES
+    except TypeError:
+        return False
 
 
 def check_pixels(name: str, values: Tensor, offset: int = 0) -> None:

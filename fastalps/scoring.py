@@ -43,7 +43,7 @@ from fastalps.inputs import (
 )
 from fastalps.models import ALPS, Scores
 from fastalps.stage_times import StageTimes
-from fastalps.streaming import Arriving, Staging, one_ahead
+from fastalps.streaming import Arriving, Staging, Stagings, one_ahead
 
 if TYPE_CHECKING:
     from fastalps.checkpoint import Calibration
@@ -145,6 +145,7 @@ class Scorer:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a number of images from 1 up, got {batch_size!r}")
         self.batch_size = batch_size
+        self._stagings = Stagings(self.device) if self.device.type == "cuda" else None
         self.refresh()
 
     def _choose(self, precision: str) -> str:
@@ -309,16 +310,21 @@ class Scorer:
         self, frames: Pixels | Iterable[Pixels], kinds: Sequence[str]
     ) -> dict[str, FrameScores] | Iterator[dict[str, FrameScores]]:
         if is_array(frames):
-            # From the host in pieces: the next is copied while the device computes.
-            staging = self._staging() if home(frames).type == "cpu" else None  # type: ignore[arg-type]
-            pending = self._launch(frames, kinds, staging=staging)  # type: ignore[arg-type]
-            return self._finished(pending, kinds)
+            return self._clip(frames, kinds)  # type: ignore[arg-type]
         if not isinstance(frames, Iterable):
             raise TypeError(
                 "frames must be a tensor, an array or an iterable of them, "
                 f"got {type(frames).__name__}"
             )
         return self._stream(frames, kinds)
+
+    def _clip(self, frames: Pixels, kinds: Sequence[str]) -> dict[str, FrameScores]:
+        self._check_frames(frames)
+        # From the host in pieces: the next is copied while the device computes.
+        staging = self._staging() if home(frames).type == "cpu" else None
+        results = self._finished(self._launch(frames, kinds, staging=staging), kinds)
+        self._leave(staging)
+        return results
 
     def _stream(
         self, chunks: Iterable[Pixels], kinds: Sequence[str]
@@ -327,10 +333,15 @@ class Scorer:
         launched = self._launched(chunks, kinds, staging)
         for pending in launched if staging is None else one_ahead(launched):
             yield self._finished(pending, kinds)
+        self._leave(staging)
 
     def _staging(self) -> Staging | None:
         """The way of a stream to the device; None where the network reads the frames in place."""
-        return Staging(self.device, self.times) if self.device.type == "cuda" else None
+        return None if self._stagings is None else self._stagings.take(self.times)
+
+    def _leave(self, staging: Staging | None) -> None:
+        if self._stagings is not None and staging is not None:
+            self._stagings.leave(staging)
 
     def _launched(
         self, chunks: Iterable[Pixels], kinds: Sequence[str], staging: Staging | None
@@ -387,7 +398,7 @@ class Scorer:
         background: Tensor | None = None,
         staging: Staging | None = None,
     ) -> _Pending:
-        self._check_frames(frames)
+        """Starts on frames that `_check_frames` has nothing against."""
         if frames.ndim == 4 and self.channels == 1:
             frames = frames[:, 0]
         size = (int(frames.shape[-2]), int(frames.shape[-1]))
@@ -402,7 +413,7 @@ class Scorer:
             limit=FUSED_BYTES if isinstance(network, FusedEngine) else PATCH_BYTES,
         )
         if staging is not None:
-            plan = staging.limit(plan, frames[:1].nbytes)
+            plan = staging.limit(plan, frames.nbytes // max(1, len(frames)))
         if isinstance(network, FusedEngine):
             plan = network.whole_chunks(plan)
         passes: Passes = "both" if len(kinds) > 1 else passes_for(kinds[0])
@@ -426,14 +437,17 @@ class Scorer:
         errors, kept = pending.errors, pending.kept
         if pending.arriving is not None:
             errors, kept = pending.arriving.wait()
-        results = {}
-        for kind in kinds:
-            patches = pick(errors, kind)
-            reduced = reduce_patches(patches, self.frame_reduce, self.top_k)
-            results[kind] = FrameScores(
-                patches, reduced, kept, pending.size, self.patch_size, self.stride, self.edge
-            )
-        return results
+        # (kinds, N, P) in the order of SCORE_KINDS, all at once: operations on the few scores of a
+        # single frame would take the host longer than the network takes the device.
+        if len(kinds) > 1:
+            patches = torch.cat([errors, errors.mean(0, keepdim=True)])
+        else:
+            patches = pick(errors, kinds[0])[None]
+        frames = reduce_patches(patches, self.frame_reduce, self.top_k)
+        common = (kept, pending.size, self.patch_size, self.stride, self.edge)
+        return {
+            kind: FrameScores(patches[row], frames[row], *common) for row, kind in enumerate(kinds)
+        }
 
     # Threshold ---------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -30,11 +30,30 @@ COPY, COMPUTE, DEVICE_WAIT = "copy", "compute", "device wait"
 BUFFER_BYTES = 12 << 20
 
 
+class _Memory:
+    """Bytes that grow with what they have to hold."""
+
+    def __init__(self) -> None:
+        self.bytes = self._last = torch.empty(0, dtype=torch.uint8)
+
+    def like(self, pixels: Tensor, make: Callable[[int], Tensor]) -> Tensor:
+        """A tensor of the pixels' shape and dtype in this memory; of as many bytes, `make` it."""
+        # Pieces of one video have one shape, and to view bytes as pixels takes some operations.
+        if self._last.shape != pixels.shape or self._last.dtype != pixels.dtype:
+            size = pixels.numel() * pixels.element_size()
+            # What inference mode makes could not be written to by a later call outside of it.
+            with torch.inference_mode(False):
+                if size > len(self.bytes):
+                    self.bytes = make(size)
+                self._last = self.bytes[:size].view(pixels.dtype).view(pixels.shape)
+        return self._last
+
+
 class _Buffer:
     """Pinned memory, its counterpart on the device, and events that say who is done with them."""
 
     def __init__(self) -> None:
-        self.host = self.there = torch.empty(0, dtype=torch.uint8)
+        self.host, self.there = _Memory(), _Memory()
         self.copied, self.read = cuda.Event(), cuda.Event()
 
 
@@ -60,6 +79,13 @@ class Staging:
         # Stage, and the events at its beginning and end; what is not over yet.
         self._spans: deque[tuple[str, cuda.Event, cuda.Event]] = deque()
 
+    def restart(self, times: StageTimes | None) -> None:
+        """For the next stream, when all scores of the last one have come."""
+        self._times = times
+        self._spans.clear()
+        # Its owner may have changed it meanwhile.
+        self._constant = None
+
     def limit(self, plan: Plan, frame_bytes: int) -> Plan:
         """The plan, with at most as many frames at a time as a buffer takes."""
         step = max(1, BUFFER_BYTES // max(1, frame_bytes))
@@ -79,17 +105,11 @@ class Staging:
         if pixels.device.type != "cpu":
             return pixels.to(self.device, non_blocking=True)
         self.wait(buffer.copied)
-        size = pixels.numel() * pixels.element_size()
-        if size > len(buffer.there):
-            # Of the copying stream's memory, which no other stream has still to read or write.
-            with cuda.stream(self._copies):
-                buffer.there = torch.empty(size, dtype=torch.uint8, device=self.device)
-        there = buffer.there[:size].view(pixels.dtype).view(pixels.shape)
+        there = buffer.there.like(pixels, self._on_device)
         host, pinned = pixels, pixels.is_contiguous() and _is_pinned(pixels)
         if not pinned:
-            if size > len(buffer.host):
-                buffer.host = _pinned((size,), torch.uint8)
-            host = buffer.host[:size].view(pixels.dtype).view(pixels.shape).copy_(pixels)
+            host = buffer.host.like(pixels, lambda size: _pinned((size,), torch.uint8))
+            host.copy_(pixels)
         with cuda.stream(self._copies):
             # What was computed with the buffer's pixels before.
             self._copies.wait_event(buffer.read)
@@ -101,8 +121,13 @@ class Staging:
             # with the last ones.
             self.wait(buffer.copied)
         computing.wait_event(buffer.copied)
-        _keep_for(buffer.there, computing)
+        _keep_for(buffer.there.bytes, computing)
         return there
+
+    def _on_device(self, size: int) -> Tensor:
+        # Of the copying stream's memory, which no other stream has still to read or write.
+        with cuda.stream(self._copies):
+            return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def release(self) -> None:
         """All that reads the last upload has been started."""
@@ -130,17 +155,46 @@ class Staging:
                 stage, first, last = self._spans.popleft()
                 self._times.add(stage, first.elapsed_time(last) / 1000)
 
-    @contextlib.contextmanager
-    def span(self, stage: str) -> Iterator[None]:
+    def span(self, stage: str) -> contextlib.AbstractContextManager[None]:
         """Times what is started on the current stream inside, where anything is timed."""
-        if self._times is None:
-            yield
-            return
+        return contextlib.nullcontext() if self._times is None else self._timed(stage)
+
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
         first, last = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
         first.record(cuda.current_stream(self.device))
         yield
         last.record(cuda.current_stream(self.device))
         self._spans.append((stage, first, last))
+
+
+class Stagings:
+    """The ways to one device of a scorer's calls and streams, of which several may be under way.
+
+    The one that was left last is kept, with its buffers: streams, events and pinned memory of a
+    call of their own would take the host longer than a frame's scores take the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._left: deque[Staging] = deque(maxlen=1)
+
+    def take(self, times: StageTimes | None) -> Staging:
+        """For one stream; see `Staging` for `times`."""
+        try:
+            staging = self._left.pop()
+        except IndexError:
+            return Staging(self.device, times)
+        staging.restart(times)
+        return staging
+
+    def leave(self, staging: Staging) -> None:
+        """When all scores of its stream have come; what an error has ended is not to be left."""
+        self._left.append(staging)
+
+    def __reduce__(self) -> tuple[type[Stagings], tuple[torch.device]]:
+        # A copy has its own.
+        return Stagings, (self.device,)
 
 
 class Arriving:

@@ -233,8 +233,7 @@ def test_graph(gated, rng):
         errors, kept = engine.frame_errors(still, cut_of(model), "both", *gate)
 
     def check(pixels: Tensor, now: FusedEngine) -> None:
-        with torch.inference_mode():  # Where the output was made.
-            errors.fill_(torch.nan)
+        errors.fill_(torch.nan)
         still.copy_(pixels)
         graph.replay()
         expected, moved = now.frame_errors(pixels, cut_of(model), "both", *gate)

@@ -487,7 +487,7 @@ def emulated_op(library: ctypes.CDLL):
             assert flags.numel() == total and places.numel() >= -(-total // 4096) + 1 + 2 * total
             kept = torch.zeros(errors.shape[1:], dtype=torch.uint8)
             kept[index[:, 0], index[:, 1]] = 1
-            flags.copy_(kept.flatten())
+            flags.copy_(kept)
             errors.zero_()
         if total == 0:
             return

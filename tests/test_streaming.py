@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastalps import ALPS, MotionGate, Scorer, ops, streaming
 from fastalps.frame_scores import FrameScores
 from fastalps.stage_times import StageTimes
-from fastalps.streaming import Staging, one_ahead
+from fastalps.streaming import Staging, Stagings, one_ahead
 from tests.test_scoring import moving, needs_cuda, warmed_model
 
 COPY = torch.ops.aten.copy_.default
@@ -171,7 +171,7 @@ def on(device: Lagging, scorer: Scorer):
         patch.setattr(streaming, "_pinned", device.memory)
         patch.setattr(streaming, "_keep_for", lambda tensor, stream: None)
         patch.setattr(scorer, "_network", lambda: network)
-        patch.setattr(scorer, "_staging", lambda: Staging(scorer.device, scorer.times))
+        patch.setattr(scorer, "_stagings", Stagings(scorer.device))
         with device:
             yield
 
@@ -417,6 +417,33 @@ def test_leaving_early_closes_the_source(model: ALPS, rng) -> None:
         next(results)
         results.close()
     assert closed
+
+
+def test_calls_take_the_buffers_of_those_before(model: ALPS, rng, monkeypatch) -> None:
+    """Behind inference mode, other frames, a stream cut off, and a background that has changed."""
+    frames = moving(20, rng)
+    background = frames.median(0).values
+    gate = MotionGate(2.0, background=background)
+    plain, scorer = (Scorer(model, precision="fp32", gate=gate) for _ in range(2))
+    for seed in range(5):
+        device, ways = Lagging(seed), []
+        monkeypatch.setattr(
+            streaming, "Staging", lambda *args, ways=ways: ways.append(Staging(*args)) or ways[-1]
+        )
+        with on(device, scorer):
+            for part in (frames, frames[1:9], frames.flip(0), frames[:1], frames[3:9]):
+                with torch.inference_mode(part is frames):
+                    found = scorer.score_frames(part)
+                assert same([found], plain.score_frames(part))
+                background ^= 64
+            assert len(ways) == 1
+            cut_off = scorer.score_frames(frames.split(3))
+            next(cut_off)
+            for part in (frames[2:6], frames[7:9]):
+                assert same([scorer.score_frames(part)], plain.score_frames(part))
+            cut_off.close()
+            assert same(list(scorer.score_frames(frames.split(6))), plain.score_frames(frames))
+            assert len(ways) == 2
 
 
 def test_times_of_the_device(model: ALPS, rng) -> None:
