@@ -9,17 +9,20 @@ and no reconstruction is stored. Weights and maps are bf16, sums float32, errors
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastalps import backends, fused_build, ops
+from fastalps import backends, fused_build, ops, replay
 from fastalps.chunks import Plan
 from fastalps.fused_packing import SHAPES, pack_fused, shape_number, sizes
 from fastalps.inference import Cut, Passes
 from fastalps.inputs import unit_pixels
 from fastalps.models import ALPS, BOUNDS, ModelConfig
+from fastalps.replay import Repeats
 
 # Patches a block of the first half of M: a chunk gives each multiprocessor as many blocks.
 BLOCK_PATCHES = 16
@@ -33,6 +36,11 @@ CHUNK_BYTES = 40_000_000
 FUSED_BYTES = 1 << 30
 # Patches of one native call: csrc/bindings_fused.cpp counts them in 32 bits.
 MOST_PATCHES = 1 << 29
+# Patches of a call that is replayed as a graph, not tuned: ten frames or so. Larger calls take the
+# device longer than their launches take the host, and each graph has scratch of its own.
+MOST_REPLAYED = 1024
+# Kinds of calls, by stream, size and options, of which an engine remembers graphs.
+REPEATS = 4
 
 _library = torch.library.Library("fastalps", "FRAGMENT")
 _library.define(
@@ -107,6 +115,10 @@ class FusedEngine:
     torch's allocator and never wait for the device, so that `torch.cuda.graph` captures them, with
     a motion gate, too. A score does not depend on the other patches of the call.
 
+    Calls of up to 1,024 patches, such as the frames of a camera, are CUDA graphs from the second
+    one of a kind on (stream, sizes, options): pixels are copied in, results out. The engine keeps
+    the last four, each with up to 18 MB of scratch memory of its own. Threads may share it.
+
     Args:
         model: an `fastalps.ALPS` that `why_not` has nothing against; copied.
         device: a CUDA device.
@@ -127,6 +139,9 @@ class FusedEngine:
         count = torch.cuda.get_device_properties(device).multi_processor_count
         wave = BLOCK_PATCHES * count
         self.sizes = sizes(model.config)
+        # Without a perturbation both passes are the same.
+        self._single = model.config.perturbation == "none"
+        self._repeats: Repeats[_Repeated] = Repeats(REPEATS)
         self.chunk = wave * max(1, CHUNK_BYTES // (wave * self.sizes.bytes(2)))
 
     def update(self, model: ALPS) -> None:
@@ -172,33 +187,121 @@ class FusedEngine:
             frames = frames[:, 0]
         if frames.dtype not in (torch.uint8, torch.float32):
             frames = unit_pixels(frames)
-        _, stride, edge = cut
-        shape = (frames.shape[0], _patches_of(frames.shape[1:], cut))
-        total = shape[0] * shape[1]
-        config = self.config
-        single = config.perturbation == "none"  # Both passes are the same.
-        normal, perturbed = single or passes != "perturbed", not single and passes != "normal"
-        count = 2 if normal and perturbed else 1
-        chunk = max(1, min(self.chunk, total))
-        scratch = self._empty(chunk * self.sizes.bytes(2 if perturbed else 1), torch.uint8)
-        errors = self._empty((count, *shape), torch.float32)
-        flags = places = None
-        if background is not None:
-            flags = self._empty(shape, torch.uint8)
-            places = self._empty(-(-total // GATE_TILE) + 1 + 2 * total, torch.int64)
-        torch.ops.fastalps.fused_errors(
-            frames, background, float(threshold), stride, edge != "drop",
-            self.shape, self.weights, self.biases, BOUNDS.index(config.bound),
-            config.negative_slope, config.strength, config.smoothing, normal, perturbed,
-            chunk, scratch, flags, places, errors,
-        )  # fmt: skip
-        if single and passes == "both":
+        patches = _patches_of(frames.shape[1:], cut)
+        call = _Call(frames, cut, passes, background, float(threshold), patches)
+        errors, flags = self._replayed(call) or self._run(call, self._buffers(call))
+        if self._single and passes == "both":
             errors = errors.repeat(2, 1, 1)
         # The kernels write 0 or 1.
         return errors, None if flags is None else flags.view(torch.bool)
 
+    def _replayed(self, call: _Call) -> tuple[Tensor, Tensor | None] | None:
+        """Errors and flags of a small call like an earlier one; None where it has to run."""
+        where = call.frames.device
+        total = call.frames.shape[0] * call.patches
+        if not 0 < total <= min(MOST_REPLAYED, self.chunk) or where != self.weights.device:
+            return None
+        if call.background is not None and call.background.device != where:
+            return None
+        stream = replay.stream_of(where)
+        if stream is None:
+            return None
+        # Graphs of one stream do their work in turn. Of several, each has its own memory.
+        with self._repeats.lock:
+            repeated = self._repeats.find((stream, call.kind()), lambda: _Repeated(self, call))
+            return None if repeated is None else repeated.run(call)
+
+    def _buffers(self, call: _Call) -> _Buffers:
+        """Uninitialised."""
+        shape = (call.frames.shape[0], call.patches)
+        total = shape[0] * shape[1]
+        normal, perturbed = self._passes(call)
+        patch_bytes = self.sizes.bytes(2 if perturbed else 1)
+        scratch = self._empty(max(1, min(self.chunk, total)) * patch_bytes, torch.uint8)
+        errors = self._empty((2 if normal and perturbed else 1, *shape), torch.float32)
+        if call.background is None:
+            return _Buffers(scratch, errors, None, None)
+        flags = self._empty(shape, torch.uint8)
+        places = self._empty(-(-total // GATE_TILE) + 1 + 2 * total, torch.int64)
+        return _Buffers(scratch, errors, flags, places)
+
+    def _run(self, call: _Call, buffers: _Buffers) -> tuple[Tensor, Tensor | None]:
+        """Fills errors and flags, and returns them."""
+        config = self.config
+        _, stride, edge = call.cut
+        chunk = max(1, min(self.chunk, call.frames.shape[0] * call.patches))
+        torch.ops.fastalps.fused_errors(
+            call.frames, call.background, call.threshold, stride, edge != "drop",
+            self.shape, self.weights, self.biases, BOUNDS.index(config.bound),
+            config.negative_slope, config.strength, config.smoothing, *self._passes(call),
+            chunk, buffers.scratch, buffers.flags, buffers.places, buffers.errors,
+        )  # fmt: skip
+        return buffers.errors, buffers.flags
+
+    def _passes(self, call: _Call) -> tuple[bool, bool]:
+        """Whether to run the normal and the perturbed pass."""
+        if self._single:
+            return True, False
+        return call.passes != "perturbed", call.passes != "normal"
+
     def _empty(self, shape: int | tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
+
+
+class _Call(NamedTuple):
+    """What `FusedEngine.frame_errors` was asked for; frames are uint8 or float32 (N, H, W)."""
+
+    frames: Tensor
+    cut: Cut
+    passes: Passes
+    background: Tensor | None
+    threshold: float
+    patches: int  # Of a frame.
+
+    def kind(self) -> Hashable:
+        """All but the values of the pixels, and where they are."""
+        frames, still = self.frames, self.background
+        gate = None if still is None else (still.shape, still.dtype, self.threshold)
+        return frames.shape, frames.dtype, self.cut, self.passes, gate
+
+
+class _Buffers(NamedTuple):
+    """What the kernels write in a call."""
+
+    scratch: Tensor
+    errors: Tensor
+    flags: Tensor | None
+    places: Tensor | None
+
+
+class _Repeated:
+    """The kernels of one kind of calls as a graph, with frames, background and buffers of its own.
+
+    Args:
+        engine: whose weights it reads where they are.
+        call: like those to come.
+    """
+
+    def __init__(self, engine: FusedEngine, call: _Call) -> None:
+        # What inference mode makes could not be written to by a later call outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            frames = torch.empty_like(call.frames, memory_format=torch.contiguous_format)
+            background = None if call.background is None else torch.empty_like(call.background)
+            mine = self._call = call._replace(frames=frames, background=background)
+            buffers = self._buffers = engine._buffers(mine)
+            # Kernels are loaded when they first run, which no graph may record. Another thread's
+            # call of this kind may not have come to that yet.
+            engine._run(mine, buffers)
+            self._replay = replay.capture(lambda: engine._run(mine, buffers), frames.device)
+
+    def run(self, call: _Call) -> tuple[Tensor, Tensor | None]:
+        """Errors and flags, which later calls leave as they are."""
+        self._call.frames.copy_(call.frames)
+        if self._call.background is not None and call.background is not None:
+            self._call.background.copy_(call.background)
+        self._replay()
+        flags = self._buffers.flags
+        return self._buffers.errors.clone(), None if flags is None else flags.clone()
 
 
 @functools.lru_cache(maxsize=16)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -255,6 +256,167 @@ def test_graph(gated, rng):
     assert not torch.equal(errors, before)
     with pytest.raises(ValueError, match="configuration"):
         engine.update(ALPS(30, 1, "fast"))
+
+
+def graphs_of(engine: FusedEngine) -> int:
+    """How many kinds of calls are replayed."""
+    return sum(made is not None for made in engine._repeats._known.values())
+
+
+def one_by_one(
+    engine: FusedEngine, frames: Tensor, cut: tuple, *gate
+) -> tuple[Tensor, Tensor | None]:
+    """What single frames give, put together when the last one has been asked for."""
+    found = [engine.frame_errors(frame[None], cut, "both", *gate) for frame in frames]
+    errors = torch.cat([errors for errors, _ in found], 1)
+    return errors, torch.cat([kept for _, kept in found]) if gate else None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [SHAPES.index(("fast", 28)), SHAPES.index(("network-b", 30))])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+def test_repeated_calls(shape, dtype, gated, rng):
+    """Replayed, with other frames each time, as in one call; no result is written to again."""
+    if gated and dtype != torch.uint8:
+        pytest.skip("the gate takes uint8")
+    model, other = make_model(shape, rng), make_model(shape, rng)
+    engine, cut = engine_for(model), cut_of(model)
+    frames, background = (part.cuda() for part in scene(shape, rng))
+    values = frames if dtype == torch.uint8 else (frames.double() / 255).to(dtype)
+    gate = (background, 40.0) if gated else ()
+    whole, moved = engine.frame_errors(values, cut, "both", *gate)
+    assert graphs_of(engine) == 0
+    for mode in (torch.inference_mode(), torch.enable_grad(), poisoned()):
+        with mode:
+            found, kept = one_by_one(engine, values, cut, *gate)
+        assert torch.equal(found, whole)
+        assert moved is None or torch.equal(kept, moved)
+    assert graphs_of(engine) == 1
+    spread = torch.zeros(*values.shape[:2], 2 * values.shape[2], dtype=dtype, device="cuda")
+    spread[..., ::2] = values
+    assert torch.equal(one_by_one(engine, spread[..., ::2], cut, *gate)[0], whole)
+    assert graphs_of(engine) == 1
+
+    engine.update(other)
+    expected, _ = FusedEngine(other, torch.device("cuda")).frame_errors(values, cut, "both", *gate)
+    assert torch.equal(one_by_one(engine, values, cut, *gate)[0], expected)
+    assert not torch.equal(expected, whole)
+
+
+@pytest.mark.gpu
+def test_repeated_calls_of_another_background(rng):
+    shape = SHAPES.index(("fast", 30))
+    model = make_model(shape, rng)
+    engine, cut = engine_for(model), cut_of(model)
+    frames, background = (part.cuda() for part in scene(shape, rng))
+    still = background.clone()
+    for _ in range(3):
+        for other, threshold in ((background, 40.0), (frames[2], 40.0), (background, 10.0)):
+            still.copy_(other)
+            _, kept = one_by_one(engine, frames, cut, still, threshold)
+            _, index = ops.active_patches(frames, other, 30, STRIDE, threshold=threshold)
+            expected = torch.zeros_like(kept)
+            expected[index[:, 0], index[:, 1]] = True
+            assert torch.equal(kept, expected)
+
+
+@pytest.mark.gpu
+def test_repeated_calls_of_many_kinds(rng):
+    """More kinds than are remembered, with both passes and one, in turn and in a row."""
+    shape = SHAPES.index(("fast", 28))
+    model = make_model(shape, rng)
+    engine, cut = engine_for(model), cut_of(model)
+    frames = frames_of(shape, rng, 7).cuda()
+    whole, _ = engine.frame_errors(frames, cut, "both")
+    kinds = [(count, "both", slice(0, 2)) for count in range(1, 6)]
+    kinds += [(3, "normal", slice(0, 1)), (3, "perturbed", slice(1, 2))]
+    for order in (3 * kinds, [kind for kind in kinds for _ in range(3)]):
+        found = [engine.frame_errors(frames[:n], cut, passes)[0] for n, passes, _ in order]
+        for errors, (count, _, rows) in zip(found, order, strict=True):
+            assert torch.equal(errors, whole[rows, :count])
+    assert graphs_of(engine) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("streams", [1, 2, 5])
+def test_repeated_calls_from_streams_and_threads(streams, threads, rng):
+    """Each stream and thread at its own pace, with one engine."""
+    shape = SHAPES.index(("network-b", 30))
+    model = make_model(shape, rng)
+    engine, cut = engine_for(model), cut_of(model)
+    frames = frames_of(shape, rng, 40).cuda()
+    whole, _ = engine.frame_errors(frames, cut, "both")
+    pool = [torch.cuda.Stream() for _ in range(streams)]
+    torch.cuda.synchronize()
+
+    def work(first: int) -> list[tuple[int, Tensor]]:
+        found = []
+        for number in range(first, 200):
+            with torch.cuda.stream(pool[number % streams]):
+                place = (7 * number + first) % 40
+                frame = frames[place : place + 1]
+                found.append((place, engine.frame_errors(frame, cut, "both")[0]))
+        return found
+
+    with ThreadPoolExecutor(threads) as workers:
+        found = [pair for part in workers.map(work, range(threads)) for pair in part]
+    torch.cuda.synchronize()
+    assert all(torch.equal(errors, whole[:, place : place + 1]) for place, errors in found)
+    assert graphs_of(engine) == streams or streams == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("calls", [0, 1, 2])
+def test_a_caller_captures_what_would_be_replayed(calls, rng):
+    """After no, one or two calls of the kind: the caller's graph has the kernels itself."""
+    shape = SHAPES.index(("fast", 28))
+    model = make_model(shape, rng)
+    engine, cut = engine_for(model), cut_of(model)
+    frames = frames_of(shape, rng, 7).cuda()
+    whole, _ = engine.frame_errors(frames, cut, "both")
+    still = frames[:1].clone()
+    for _ in range(calls):
+        engine.frame_errors(still, cut, "both")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        errors, _ = engine.frame_errors(still, cut, "both")
+    assert graphs_of(engine) == (calls == 2)
+    for number, frame in enumerate(frames.split(1)):
+        errors.fill_(torch.nan)
+        still.copy_(frame)
+        graph.replay()
+        assert torch.equal(errors, whole[:, number : number + 1])
+        assert torch.equal(engine.frame_errors(frame, cut, "both")[0], errors)
+    # The caller's graph does not need the engine's.
+    engine._repeats._known.clear()
+    graph.replay()
+    assert torch.equal(errors, whole[:, -1:])
+
+
+@pytest.mark.gpu
+def test_frames_of_a_camera(rng):
+    """One at a time through a scorer, from the device and from the host."""
+    shape = SHAPES.index(("fast", 30))
+    model = make_model(shape, rng)
+    engine_for(model)
+    frames, background = scene(shape, rng)
+    for gate in (None, MotionGate(40.0, background)):
+        scorer = Scorer(model, precision="bf16", stride=STRIDE, gate=gate, device="cuda")
+        whole = scorer.scores_frames(frames)
+        for pixels in (frames, frames.cuda()):
+            found = [scorer.scores_frames(frame) for frame in pixels.split(1)]
+            for kind, expected in whole.items():
+                for name in ("patches", "frames", "kept"):
+                    if getattr(expected, name) is not None:
+                        parts = [getattr(scores[kind], name) for scores in found]
+                        assert parts[0].device == pixels.device and not parts[0].is_pinned()
+                        assert torch.equal(torch.cat(parts).cpu(), getattr(expected, name))
+        # What a scorer keeps for its next call is not a copy's.
+        assert torch.equal(
+            copy.deepcopy(scorer).score_frames(frames).patches, whole["average"].patches
+        )
 
 
 @pytest.mark.gpu
