@@ -40,7 +40,7 @@ SANITIZED = ("tests/test_fused.py", "-k", "(test_values and fast-28 and uint8) o
 SANITIZERS = ("memcheck", "racecheck")
 # Tests share the GPU in so many processes. Left to themselves each would start a thread a core, for
 # OpenMP and for Inductor: 80 tests took 170 s on 16 cores.
-TEST_PROCESSES = 8
+TEST_PROCESSES = 12
 FEW_THREADS = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 TAIL_LINES = 40
 CLOCKS = (

@@ -6,9 +6,9 @@ fails is shown without a speed, and if it is ours the exit code is 1. Then the c
 
 groups:
   ops       every fused op on UCSD-sized frames (240x360), patches (30x30) and latents, in cache and
-            at about 100 MB; GB/s against Tensor.copy_ measured beside it; against plain PyTorch
-            expressions, F.unfold and Tensor.unfold, kornia, torch.compile (full run); backward
-            passes and bfloat16 in the full run
+            at about 100 MB (400 on CUDA); GB/s against Tensor.copy_ measured beside it; against
+            plain PyTorch expressions, F.unfold and Tensor.unfold, kornia, torch.compile (full run);
+            backward passes and bfloat16 in the full run
   scoring   uint8 frames to both scores of every patch (fastalps.Scorer), all patches and only those
             that move; against the same network in PyTorch eager (fp32, bf16, NCHW, channels-last),
             torch.compile (full run), on CPUs ONNX Runtime and OpenVINO where installed. On CUDA:

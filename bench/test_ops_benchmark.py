@@ -17,7 +17,7 @@ pytest.importorskip("pytest_benchmark")
 CASES = [
     pytest.param(case, name, count, id=f"{case.op}-{count}-{name.replace(' ', '-')}")
     for case in OPS
-    for count in (*case.small, case.large(4))
+    for count in (*case.small, case.large(4, "cpu"))
     for name in ("fastalps", *(n for n, run in case.rivals.items() if callable(run)))
 ]
 

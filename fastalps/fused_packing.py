@@ -188,9 +188,8 @@ def _twins(found: Tensor) -> Tensor:
 
 
 def _in_parts(matrix: Tensor) -> Tensor:
-    """(terms, outputs) -> (fragments, 32, 4): of each step of terms first all outputs by its first 8
-    terms, in parts of 8 outputs by 8 terms, then by the others: see `kPartBytes` of fused_index.h.
-    """
+    """(terms, outputs) -> (fragments, 32, 4): of each step of terms first all outputs by its first
+    8 terms, in parts of 8 outputs, then by the other 8: see `kPartBytes` of fused_index.h."""
     # step, half, term, part, output -> step, half, part, output, term.
     cut = matrix.unflatten(0, (-1, 2, TERMS // 2)).unflatten(-1, (-1, OUTPUTS))
     return cut.permute(0, 1, 3, 4, 2).reshape(-1, 32, 4)

@@ -154,7 +154,7 @@ class Reference:
         outputs, off = zip(*found, strict=True)
         return torch.stack(outputs, 1), torch.stack(off, 1)
 
-    def latents(self, outputs: Tensor) -> Tensor:
+    def latents(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """-> (N, 2, latent): normal and perturbed."""
         latent, perturbation = outputs.unbind(1)
         if self.config.bound == "tanh":
@@ -163,16 +163,21 @@ class Reference:
             perturbation = (
                 perturbation / (perturbation.square().mean(1, keepdim=True) + 1e-12).sqrt()
             )
-        return rounded(torch.stack([latent, latent + self.config.strength * perturbation], 1))
+        change = self.config.strength * perturbation
+        values = torch.stack([latent, latent + change], 1)
+        # float32 rounds the factor, the change and the sum.
+        room = SUM_ERROR * torch.stack([torch.zeros_like(latent), latent.abs() + change.abs()], 1)
+        found = rounded(values)
+        return found, torch.maximum(rounded(values + room) - found, found - rounded(values - room))
 
     def _transposed(self) -> list[nn.ConvTranspose2d]:
         layers = self.network.decoder.layers
         return [layer for layer in layers if isinstance(layer, nn.ConvTranspose2d)]
 
-    def expand(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def expand(self, latents: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
         """(rows, latent) -> (rows, channels, height, width)."""
         decoder = self.network.decoder
-        found = self._layer(decoder.dense, latents)
+        found = self._layer(decoder.dense, latents, off)
         found = self._hidden(*(x.unflatten(1, decoder.start) for x in found))
         for layer in self._transposed()[:2]:
             found = self._hidden(*self._layer(layer, *found))
@@ -188,7 +193,7 @@ class Reference:
     def errors(self, images: Tensor, smoothing: int | None = None) -> Tensor:
         """-> (2, N): normal and perturbed; smoothed as the model is, unless told."""
         latents = self.latents(self.outputs(self.encode(images)[0])[0])
-        both = self.decode(self.expand(latents.flatten(0, 1))[0])
+        both = self.decode(self.expand(*(x.flatten(0, 1) for x in latents))[0])
         return mean_squares(both, images, smoothing or self.config.smoothing)
 
 
@@ -277,7 +282,7 @@ def test_each_kernel(library, shape, rng):
     # Exactly what the kernel reads, rounded to the same latents.
     emulation.latents.copy_(outputs)
     latents = reference.latents(emulation.latents.double())
-    expanded, off = reference.expand(latents.flatten(0, 1))
+    expanded, off = reference.expand(*(x.flatten(0, 1) for x in latents))
     for form in ("", ", wide"):
         emulation.maps.fill_(torch.nan)
         for kernel in ("dense", "expand"):

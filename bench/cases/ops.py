@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases.op_inputs import OPS, OpCase
+from bench.cases.op_inputs import LARGE_BYTES, OPS, OpCase
 from bench.harness import (
     Candidate,
     Case,
@@ -131,17 +131,18 @@ def cases(settings: Settings) -> list[Case]:
     """Every op at every size of this effort; backward passes and bfloat16 in the full run."""
     found = []
     for case in OPS:
-        large = case.large(4)
+        large = case.large(4, settings.device)
         counts = [*case.small, large] if settings.effort != "smoke" else [1, 2]
         about = f"{case.op} against {', '.join(case.rivals)}"
         for count in counts:
-            where = "about 100 MB" if count == large else "in cache"
+            about_bytes = f"about {LARGE_BYTES[settings.device] // 1_000_000} MB"
+            where = about_bytes if count == large else "in cache"
             name = f"ops/{case.op}/{count}-{case.item}"
             found.append(Case(name, f"{about}; {where}", _forward(case, count, torch.float32)))
         if settings.effort == "quick":
             continue
         for dtype in case.dtypes[1:]:
-            count = case.large(dtype.itemsize) if settings.effort == "full" else 2
+            count = case.large(dtype.itemsize, settings.device) if settings.effort == "full" else 2
             name = f"ops/{case.op}/{count}-{case.item}-{_short(dtype)}"
             found.append(Case(name, f"{about}; {_short(dtype)}", _forward(case, count, dtype)))
         if case.differentiable:

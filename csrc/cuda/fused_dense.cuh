@@ -27,34 +27,55 @@ FASTALPS_DEVICE void find_factors(const Lane& lane, const Work& work, int first,
   }
 }
 
+FASTALPS_DEVICE void read_eight(const float* place, float (&values)[kChunkChannels]) {
+  const float4 first = read_only(reinterpret_cast<const float4*>(place));
+  const float4 second = read_only(reinterpret_cast<const float4*>(place) + 1);
+  const float found[kChunkChannels] = {first.x,  first.y,  first.z,  first.w,
+                                       second.x, second.y, second.z, second.w};
+#pragma unroll
+  for (int i = 0; i < kChunkChannels; ++i) values[i] = found[i];
+}
+
 // The latents of the block's rows: of a perturbed pass z + strength * bounded(p). Zeros for rows
-// that there are not.
+// that there are not. No branch is between the reads of some items, so that all are on their way.
 template <class S>
 FASTALPS_DEVICE void put_latents(const Work& work, int first, int rows, const float* factors,
                                  unsigned char* latents) {
   using Latent = typename S::LatentMap;
-  for (int item = thread_index(); item < S::kRows * Latent::kChunks; item += kBlock) {
-    const int row = item / Latent::kChunks, chunk = item % Latent::kChunks;
-    float values[kChunkChannels] = {};
-    if (first + row < rows) {
-      const int patch = (first + row) >> (work.passes - 1);
-      const bool perturbed = work.first_perturbed || ((first + row) & (work.passes - 1)) != 0;
-      const float* const place = work.latents +
-                                 static_cast<int64_t>(patch) * work.networks * S::kLatent +
-                                 chunk * kChunkChannels;
-      const float factor =
-          perturbed ? work.strength * (work.bound == Bound::kNorm ? factors[row] : 1.0f) : 0.0f;
+  constexpr int kItems = S::kRows * Latent::kChunks, kTogether = 2;
+  for (int start = thread_index(); start < kItems; start += kTogether * kBlock) {
+    float values[kTogether][kChunkChannels], found[kTogether][kChunkChannels];
 #pragma unroll
-      for (int i = 0; i < kChunkChannels; ++i) {
-        values[i] = read_only(place + i);
-        if (!perturbed) continue;
-        const float found = read_only(place + S::kLatent + i);
-        values[i] += factor * (work.bound == Bound::kTanh ? hyperbolic_tangent(found) : found);
-      }
+    for (int i = 0; i < kTogether; ++i) {
+      const int item = start + i * kBlock, row = first + item / Latent::kChunks;
+      const int64_t patch = (row < rows ? row : rows - 1) >> (work.passes - 1);
+      const float* const place = work.latents + patch * work.networks * S::kLatent +
+                                 item % Latent::kChunks * kChunkChannels;
+      read_eight(place, values[i]);
+      read_eight(place + (work.networks - 1) * S::kLatent, found[i]);
     }
-    *reinterpret_cast<uint4*>(latents + Latent::chunk(row, chunk)) =
-        uint4{round_pair(values[0], values[1]), round_pair(values[2], values[3]),
-              round_pair(values[4], values[5]), round_pair(values[6], values[7])};
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int item = start + i * kBlock, row = item / Latent::kChunks;
+      if (kItems % (kTogether * kBlock) != 0 && item >= kItems) break;
+      const bool there = first + row < rows;
+      if (there && (work.first_perturbed || ((first + row) & (work.passes - 1)) != 0)) {
+        const float factor = work.strength * (work.bound == Bound::kNorm ? factors[row] : 1.0f);
+#pragma unroll
+        for (int k = 0; k < kChunkChannels; ++k) {
+          const float change = found[i][k];
+          values[i][k] +=
+              factor * (work.bound == Bound::kTanh ? hyperbolic_tangent(change) : change);
+        }
+      }
+      uint4 pairs = {};
+      if (there) {
+        pairs =
+            uint4{round_pair(values[i][0], values[i][1]), round_pair(values[i][2], values[i][3]),
+                  round_pair(values[i][4], values[i][5]), round_pair(values[i][6], values[i][7])};
+      }
+      *reinterpret_cast<uint4*>(latents + Latent::chunk(row, item % Latent::kChunks)) = pairs;
+    }
   }
 }
 

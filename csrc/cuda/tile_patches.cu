@@ -17,10 +17,10 @@ struct TileArguments {
   float scale, shift;
 };
 
-// The offset in the frames of the output element `index`, and its column within the patch.
+// The offset in the frames of the output element `index`, and its column and row within the patch.
 struct Place {
   int64_t offset;
-  uint32_t column;
+  uint32_t column, row;
 };
 
 __device__ __forceinline__ Place place_of(const TileArguments& arguments, uint32_t index) {
@@ -43,7 +43,7 @@ __device__ __forceinline__ Place place_of(const TileArguments& arguments, uint32
   const int32_t inside = static_cast<int32_t>(channel) * arguments.channel_stride +
                          (top + static_cast<int32_t>(y)) * arguments.row_stride +
                          (left + static_cast<int32_t>(x)) * arguments.column_stride;
-  return Place{frame * arguments.frame_stride + inside, x};
+  return Place{frame * arguments.frame_stride + inside, x, y};
 }
 
 template <typename In, typename Out>
@@ -82,7 +82,10 @@ __global__ void __launch_bounds__(kThreads) tile_patches_kernel(TileArguments ar
       // Where elements 0.. of the next row would start if that row went on to the left.
       const In* next = here;
       if (room < kVector && index + room < arguments.total) {
-        next = frames + (place_of(arguments, index + room).offset - static_cast<int64_t>(room));
+        // Mostly of the same patch, so that nothing has to be divided again.
+        next = place.row + 1 < arguments.patch_height.divisor
+                   ? here - (place.column + room) + arguments.row_stride
+                   : frames + (place_of(arguments, index + room).offset - int64_t{room});
       }
       const uint32_t valid = min(static_cast<uint32_t>(kVector), arguments.total - index);
 #pragma unroll
