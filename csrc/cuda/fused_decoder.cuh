@@ -435,7 +435,7 @@ FASTALPS_DEVICE void decode(const Work& work, const uint2* weights, const float*
   barrier();
 
   for (int row = block_index(); row < rows; row += block_count()) {
-    const int group = warp_group();
+    const int group = lane.warp / kGroupWarps;
     if (multiplies_by_groups()) {
       third_by_group<S>(lane, input, third, third_bias, work.slope, group, odd);
       publish();
@@ -493,12 +493,12 @@ FASTALPS_DEVICE void decode(const Work& work, const uint2* weights, const float*
     await_copies();
     publish();
     barrier();
-    float total = 0.0f;
-#pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) total += warp_sums[warp];
-    store_if(thread_index() == 0,
-             work.errors + (row & (work.passes - 1)) * work.source.total + patch.place,
-             total * (1.0f / (S::kSize * S::kSize)));
+    if (thread_index() == 0) {
+      float total = 0.0f;
+      for (int warp = 0; warp < kWarps; ++warp) total += warp_sums[warp];
+      work.errors[(row & (work.passes - 1)) * work.source.total + patch.place] =
+          total * (1.0f / (S::kSize * S::kSize));
+    }
   }
 }
 

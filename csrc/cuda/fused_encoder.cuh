@@ -209,7 +209,7 @@ FASTALPS_DEVICE void encode(const Work& work, const uint2* weights, const float*
     publish();
     barrier();
     if (multiplies_by_groups()) {
-      const int network = warp_group();
+      const int network = lane.warp / kGroupWarps;
       if (network >= work.networks) continue;
       second_by_group<S>(
           lane, map + S::FirstMap::chunk(network * (S::kFirst / kChunkChannels), 0),

@@ -124,12 +124,6 @@ FASTALPS_DEVICE constexpr bool multiplies_by_groups() {
 #endif
 }
 
-// Which group this warp is in, as a value that the compiler knows to be the same in all its lanes:
-// so it computes where matrices lie in uniform registers.
-FASTALPS_DEVICE int warp_group() {
-  return __shfl_sync(0xffffffffu, thread_index() / (kLanes * kGroupWarps), 0);
-}
-
 // A matrix of 16 terms for `multiply_group`, in parts of 8 rows by 8 terms: a part is 128 bytes,
 // row by row. `across`: bytes from the first 8 terms' parts to the others', `down`: from 8 rows to
 // the next ones (PTX ISA, "Matrix Descriptor Format", without swizzling).
@@ -137,7 +131,8 @@ struct Matrix {
   uint32_t lower, upper;
 
   FASTALPS_DEVICE Matrix(const unsigned char* first, int across, int down) {
-    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(first));
+    uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(first));
+    asm volatile("" : "+r"(address));  // Else those of all products are kept in registers.
     lower = (address & 0x3ffff) >> 4 | static_cast<uint32_t>(across >> 4) << 16;
     upper = static_cast<uint32_t>(down >> 4);
   }
@@ -226,15 +221,6 @@ FASTALPS_DEVICE void multiply_group(float (&sums)[kTiles][4], const Matrix& a, c
 #undef FASTALPS_WGMMA
 #undef FASTALPS_SIXTEEN
 #undef FASTALPS_MATRICES
-
-// A store by some lanes, without a branch: behind one of a single lane the compiler takes what all
-// lanes have in common, such as where matrices lie, for different.
-FASTALPS_DEVICE void store_if(bool stored, float* place, float value) {
-  asm volatile("{\n .reg .pred p;\n setp.ne.s32 p, %0, 0;\n @p st.global.f32 [%1], %2;\n}" ::"r"(
-                   static_cast<int>(stored)),
-               "l"(place), "f"(value)
-               : "memory");
-}
 
 // Two bf16 in one word, rounded to nearest even, the first in the lower half.
 FASTALPS_DEVICE uint32_t round_pair(float first, float second) {

@@ -394,8 +394,6 @@ inline bool stores_matrices() { return emulation::Machine::current->architecture
 
 inline bool multiplies_by_groups() { return emulation::Machine::current->architecture == 90; }
 
-inline int warp_group() { return thread_index() / (kLanes * kGroupWarps); }
-
 struct Matrix {
   const unsigned char* first;
   int across, down;
@@ -441,10 +439,6 @@ inline void store_matrices(bool stored, unsigned char* row, const uint32_t (&wor
   machine->self().target = row;
   std::memcpy(machine->self().stored, words, sizeof words);
   machine->wait(emulation::State::kStore);
-}
-
-inline void store_if(bool stored, float* place, float value) {
-  if (stored) *place = value;
 }
 
 inline uint32_t round_pair(float first, float second) {
