@@ -197,6 +197,7 @@ def cuda_rows(log: str, folder: Path) -> list[Row]:
 # Opcodes of the disassembly, by what they are for.
 MIX = {
     "HMMA": "tensor-core products",
+    "HGMMA": "products of groups of warps",
     "LDSM": "ldmatrix",
     "STSM": "stmatrix",
     "LDS": "loads of shared memory",

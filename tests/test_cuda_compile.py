@@ -53,6 +53,7 @@ def test_report(library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     """Every kernel for every architecture, none beyond its limits: no spills, few registers."""
     log = library.with_suffix(".log")
     text = log.read_text(encoding="utf-8")
+    assert "wgmma.mma_async instructions are serialized" not in text
     assert len(uses(text)) == text.count("Compiling entry function") > 0
     out = tmp_path / "report.json"
     code = compile_report.main(["--only", "cuda", "--log", str(log), "--json", str(out)])
@@ -65,6 +66,10 @@ def test_report(library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert said.out.count("\n") == 2 + len(record["rows"])
     fused = [row for row in record["rows"] if row["kernel"].startswith("fused_")]
     assert all(row["shared"] > 32 * 1024 for row in fused)
+
+
+# On sm_90 groups of warps multiply in these, and do not wait for one product after the other.
+BY_GROUPS = ("fused_encode_kernel", "fused_decode_kernel")
 
 
 def test_fused_kernels_use_tensor_cores(library: Path) -> None:
@@ -87,7 +92,9 @@ def test_fused_kernels_use_tensor_cores(library: Path) -> None:
     for key, counts in mix.items():
         if key in empty:
             continue
-        assert counts.get("HMMA", 0) >= 4 and counts.get("LDSM", 0) >= 1, (key, counts)
+        groups = key[1] == "sm_90" and kernel_name(key[0]) in BY_GROUPS
+        assert (counts.get("HGMMA", 0) >= 9) == groups, (key, counts)
+        assert counts.get("HMMA", 0) >= 4 and (groups or counts.get("LDSM", 0) >= 1), (key, counts)
         if limits_of("cuda", kernel_name(key[0]), key[1])["spills"] == 0:
             assert "LDL" not in counts and "STL" not in counts, (key, counts)
 
@@ -103,8 +110,7 @@ def test_products_stand_close_together(library: Path) -> None:
     for shape, most, drains in (
         ("fused_latent_kernelINS0_5fused11LatentShapeILi2ELi8ELi64ELi128ELi256E", 6.7, 3),
         ("fused_expand_kernelINS0_5fused11ExpandShapeILi2ELi8ELi256ELi128ELi64E", 7.2, 5),
-        ("fused_decode_kernelINS0_5fused11DecodeShapeILi30ELi64ELi32ELi16ELi16E", 8.2, 3),
-        ("fused_encode_kernelINS0_5fused11EncodeShapeILi30ELi32ELi64E", 8.2, 1),
+        ("fused_decode_kernelINS0_5fused11DecodeShapeILi30ELi64ELi32ELi16ELi16E", 7.2, 1),
     ):
         (lines,) = (
             lines

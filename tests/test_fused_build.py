@@ -202,6 +202,6 @@ def test_scores_on_a_gpu(config, rng, monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.randint(0, 256, (2000, 1, 25, 25), dtype=torch.uint8, generator=rng)
     found = scorer.scores_images(images)
     assert scorer.method == "fused"
-    exact = model.double().score(images / 255.0)
+    exact = model.double().score(images.double() / 255.0)
     for one, other in zip(found[:2], exact[:2], strict=True):
         torch.testing.assert_close(one.cpu().double(), other.double(), rtol=1e-2, atol=1e-6)

@@ -333,10 +333,14 @@ FASTALPS_DEVICE void last_rows(const Lane& lane, const unsigned char* map, const
   float* const place = products + S::product_at(lane.quad < 3 ? lane.quad : 2) +
                        part * S::kStripRows * S::kProductPitch + 4 * lane.group + 2 * side;
   Operand next[kSteps];
+  // Where nothing is made of the last row, the one before it is read again: behind it is memory
+  // that other warps write.
+  const int last_row = full ? kMost + 1 : kMost;
   const auto load = [&](int row) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const unsigned char* const place = corner[step] + In::chunk(0, row * S::kPitch);
+      const unsigned char* const place =
+          corner[step] + In::chunk(0, (row == kMost + 1 ? last_row : row) * S::kPitch);
       next[step] = load_terms(place, half(step, 3 * kPlanes));
     }
   };

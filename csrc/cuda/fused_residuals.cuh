@@ -17,7 +17,7 @@ FASTALPS_DEVICE void find_logits(const float* products, float bias, int y, int x
   const auto add = [&](int strip, int line) {
     const float* const place = products + (strip * S::kStripRows + line) * S::kProductPitch + x;
     const auto four = [&](int tap) {
-      return *reinterpret_cast<const float4*>(place + tap * S::kProductPixels);
+      return *reinterpret_cast<const float4*>(place + tap * S::kProductPlane);
     };
     const float4 left = four(0), middle = four(1), right = four(2);
     const float lefts[4] = {x > 0 ? left.x : 0.0f, left.y, left.z, left.w};

@@ -252,13 +252,14 @@ struct DecodeShape {
 
   // Floats of the last layer's products: a plane for each column of taps, in which a product lies
   // where the result is that it is a part of, so that reads are aligned, and stores by all lanes
-  // meet all banks. Of products on the edges there are some too many, which nobody reads. Each
-  // strip of rows has one row more on either side, for its neighbours.
+  // meet all banks. On the edges there are products that nobody reads; those of the first plane's
+  // last pixel and of the third one's first lie between the planes. Each strip of rows has one row
+  // more on either side, for its neighbours.
   static constexpr int kStripRows = FifthShares::kMost + 2, kProductPitch = 4 * kRun;
-  static constexpr int kProductPixels = FifthShares::kParts * kStripRows * kProductPitch;
-  static constexpr int kProducts = 3 * kProductPixels;
+  static constexpr int kProductPlane = FifthShares::kParts * kStripRows * kProductPitch + 4;
+  static constexpr int kProducts = 3 * kProductPlane;
   // The first pixel's product by the tap of a column.
-  FASTALPS_INDEX static int product_at(int tap) { return tap * kProductPixels + 1 - tap; }
+  FASTALPS_INDEX static int product_at(int tap) { return tap * kProductPlane + 1 - tap; }
 
   // Shared memory: weights; the even map; the odd map, later the products; the input; biases, see
   // `keep_biases`; the warps' sums.
