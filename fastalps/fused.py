@@ -1,7 +1,7 @@
 """Whole-network scoring on CUDA devices: frames in, one error a patch and pass out.
 
-Four kernels of `csrc/cuda/fused*`, over chunks of patches whose maps stay in the L2 cache: E (the
-first two convolutions), M in two halves (the other two; the perturbation, the dense layer and two
+Five kernels of `csrc/cuda/fused*`, over chunks of patches whose maps stay in the L2 cache: E (the
+first two convolutions), M in three parts (the other two; the perturbation and the dense layer; two
 transposed convolutions) and D (the last four layers, sigmoid and squared error). No patch is copied
 and no reconstruction is stored. Weights and maps are bf16, sums float32, errors float32.
 """

@@ -152,7 +152,8 @@ def test_tests_share_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: name in found or None)
     step = gpu_check.test(_options(tmp_path))
     command = execute.commands["pytest"]
-    assert command[command.index("-n") + 1] == "8" and "--durations=15" in command
+    processes = command[command.index("-n") + 1]
+    assert processes == str(gpu_check.TEST_PROCESSES) and "--durations=15" in command
     assert execute.variables["pytest"] == {
         "OMP_NUM_THREADS": "1",
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
