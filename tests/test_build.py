@@ -1,5 +1,5 @@
 """setup.py refuses a library whose errors do not reach Python: tried on libraries that are linked
-anew, with other flags, from the objects of the build."""
+anew, with other flags, from the objects of the build. What architectures it compiles for."""
 
 from __future__ import annotations
 
@@ -124,3 +124,23 @@ def test_cuda_library_without_a_device(build, tmp_path, monkeypatch) -> None:
     build.check_errors(usual / "fastalps_cuda.so")
     with pytest.raises(build.BuildFailure, match=REFUSED):
         build.check_errors(own / "fastalps_cuda.so")
+
+
+def test_architectures(build, tmp_path, monkeypatch) -> None:
+    """9.0 is compiled as 9.0a, for its own instructions; its PTX is for devices that come later."""
+    compiler = tmp_path / "nvcc"
+    compiler.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.4, V12.4.99'\n")
+    compiler.chmod(0o755)
+    flag = "-gencode=arch=compute_"
+    for wanted, found in (
+        ("8.0", ["80,code=sm_80"]),
+        ("9.0", ["90a,code=sm_90a"]),
+        ("9.0a", ["90a,code=sm_90a"]),
+        ("8.0;9.0+PTX", ["80,code=sm_80", "90a,code=sm_90a", "90,code=compute_90"]),
+        ("", ["80,code=sm_80", "90a,code=sm_90a", "90,code=compute_90"]),
+    ):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
+        assert build.architectures(str(compiler)) == [flag + each for each in found]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "hopper")
+    with pytest.raises(build.BuildFailure, match=r"expected entries like 8\.0 or 9\.0"):
+        build.architectures(str(compiler))

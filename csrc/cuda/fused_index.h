@@ -118,7 +118,6 @@ FASTALPS_INDEX int ordered_tap(int place) {
   return kTaps[place];
 }
 FASTALPS_INDEX int ordered_phase(int phase) { return phase < 2 ? phase : 5 - phase; }
-FASTALPS_INDEX int taps_of_input(int input) { return input == 0 ? 4 : input == 3 ? 1 : 2; }
 FASTALPS_INDEX int first_tap_of_input(int input) { return input == 0 ? 0 : 2 * input + 2; }
 FASTALPS_INDEX int first_phase_of_input(int input) { return input < 2 ? input : 2; }
 
