@@ -112,7 +112,7 @@ FASTALPS_INDEX int tap_neighbour(int tap) { return tap == 0 ? 1 : 0; }
 
 // The taps in the order in which groups of warps multiply by them: by the input that they meet, of
 // an anchor that itself, the one to its right, the one below, the one below that. The phases that
-// an input's taps, so many from the first one on, are for are neighbours among 00, 01, 11, 10.
+// an input's taps belong to are neighbours among 00, 01, 11, 10.
 FASTALPS_INDEX int ordered_tap(int place) {
   constexpr int kTaps[9] = {4, 5, 8, 7, 3, 6, 2, 1, 0};
   return kTaps[place];
