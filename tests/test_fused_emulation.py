@@ -439,6 +439,8 @@ MUTATIONS = {
     ),
     # A transposed convolution whose odd rows take the tap of the next input from this one.
     "fused_index.h": ("return tap == 0 ? 1 : 0;", "return tap == 2 ? 1 : 0;"),
+    # Products outside of the image meet those of another plane.
+    "fused_shapes.h": ("kStripRows * kProductPitch + 4;", "kStripRows * kProductPitch;"),
     # The second layer of E starts before the first is complete.
     "fused_encoder.cuh": (
         "    barrier();\n    if (multiplies",
@@ -462,12 +464,20 @@ def test_notices_a_broken_kernel(header, rng, tmp_path: Path):
     model = make_model(SMALL, rng, smoothing=3)
     frames = frames_of(SMALL, rng)
     expected = Reference(model).errors(patches_of(frames, 28, STRIDE))
-    found = [
-        Emulation(built, model, pack_fused(model), frames, STRIDE, descending=order).run_all()
+    assert any(
+        is_wrong(
+            Emulation(built, model, pack_fused(model), frames, STRIDE, descending=order), expected
+        )
         for order in (False, True)
-    ]
-    wrong = [not torch.allclose(errors.double(), expected, rtol=2e-3) for errors in found]
-    assert any(wrong)
+    )
+
+
+def is_wrong(run: Emulation, expected: Tensor) -> bool:
+    """Whether errors are others, or the emulator sees that warps are in each other's way."""
+    try:
+        return not torch.allclose(run.run_all().double(), expected, rtol=2e-3)
+    except RuntimeError as told:
+        return "warp" in str(told)
 
 
 def emulated_op(library: ctypes.CDLL):

@@ -19,7 +19,10 @@ struct EncodeShape {
   // Both networks side by side: they share the image. The second convolution reads every other
   // column: a row has its odd ones first, from -1 on, then the even ones.
   static constexpr int kOdd = 9, kRow = kOdd + 8;
-  using FirstMap = Planes<(kHalf + 2) * kRow>;
+  // Rows for 8 rows of outputs, even where there are less: groups of warps compute all.
+  static constexpr int kRows = 2 * 8 + 1;
+  static_assert(kHalf + 2 <= kRows);
+  using FirstMap = Planes<kRows * kRow>;
   FASTALPS_INDEX static int cell(int row, int column) {
     return (row + 1) * kRow + (column & 1 ? (column + 1) / 2 : kOdd + column / 2);
   }

@@ -4,7 +4,8 @@
 // instruction of the whole warp (mma, ldmatrix, shuffle), which is then done for all of them from
 // its definition in the PTX ISA; a warp runs up to the next barrier before the next warp starts.
 // What a kernel may not do ends the run with a message: lanes that meet different instructions, a
-// barrier that some threads miss, an unaligned or foreign address, a write outside shared memory.
+// barrier that some threads miss, an unaligned or foreign address, a write outside shared memory,
+// two warps that change the same place between barriers, or a matrix that is read meanwhile.
 #pragma once
 
 #include <ucontext.h>
@@ -113,11 +114,16 @@ class Machine {
     threads_ = std::vector<Thread>(kThreads);
     while (error_.empty()) {
       int done = 0, waiting = 0;
+      writers_.assign(shared_bytes, kNobody);
+      before_.assign(shared_, shared_ + shared_bytes);
+      for (auto& each : reads_) each.clear();
       for (int i = 0; i < kThreads / 32 && error_.empty(); ++i) {
-        const int warp = descending_ ? kThreads / 32 - 1 - i : i;
-        const State state = run_warp(warp);
+        warp_ = descending_ ? kThreads / 32 - 1 - i : i;
+        const State state = run_warp(warp_);
         ++(state == State::kDone ? done : waiting);
+        find_writes();
       }
+      find_races();
       if (done == kThreads / 32) break;
       if (done > 0 && error_.empty()) error_ = "some warps ended, others wait at a barrier";
       for (Thread& each : threads_) each.state = State::kReady;
@@ -134,12 +140,18 @@ class Machine {
 
   Thread& self() { return threads_[thread]; }
 
+  // A row of a matrix is read, by an instruction of this warp.
+  void note_read(const unsigned char* row) {
+    reads_[warp_].push_back(static_cast<int>(row - shared_));
+  }
+
   // What a group of warps reads of shared memory.
   float widened(const unsigned char* place) {
     if (place < shared_ || place + 2 > shared_ + shared_bytes_) {
       error_ = "a matrix outside shared memory";
       return 0.0f;
     }
+    note_read(place - (place - shared_) % 16);
     uint16_t half;
     std::memcpy(&half, place, 2);
     return widen(half);
@@ -189,6 +201,33 @@ class Machine {
     mine.context.uc_link = nullptr;
     makecontext(&mine.context, &Machine::enter, 0);
     setcontext(&mine.context);
+  }
+
+  // What this warp has changed since it last ran: by two warps between the same barriers it may
+  // not.
+  void find_writes() {
+    for (int chunk = 0; chunk < shared_bytes_; chunk += 16) {
+      const int size = shared_bytes_ - chunk < 16 ? shared_bytes_ - chunk : 16;
+      if (std::memcmp(shared_ + chunk, before_.data() + chunk, size) == 0) continue;
+      for (int i = chunk; i < chunk + size; ++i) {
+        if (shared_[i] == before_[i]) continue;
+        if (writers_[i] != kNobody && error_.empty()) error_ = "two warps write the same place";
+        writers_[i] = static_cast<signed char>(warp_);
+        before_[i] = shared_[i];
+      }
+    }
+  }
+
+  // Nor may a matrix be read while another warp changes it. Other reads are not seen.
+  void find_races() {
+    for (int warp = 0; warp < kThreads / 32; ++warp) {
+      for (const int row : reads_[warp]) {
+        for (int i = row; i < row + 16 && i < shared_bytes_; ++i) {
+          if (writers_[i] == kNobody || writers_[i] == warp || !error_.empty()) continue;
+          error_ = "a matrix is read while another warp writes it";
+        }
+      }
+    }
   }
 
   State run_warp(int warp) {
@@ -258,6 +297,7 @@ class Machine {
     const unsigned char* rows[32];
     for (int lane = 0; lane < 32; ++lane) rows[lane] = lanes[lane].address;
     if (!are_rows(rows, 8 * matrices)) return;
+    for (int row = 0; row < 8 * matrices; ++row) note_read(rows[row]);
     counts.load_cycles += cycles(rows, matrices);
     for (int matrix = 0; matrix < matrices; ++matrix) {
       for (int lane = 0; lane < 32; ++lane) {
@@ -334,7 +374,11 @@ class Machine {
 
  private:
   bool descending_;
-  std::vector<unsigned char> stacks_, memory_;
+  static constexpr signed char kNobody = -1;
+  std::vector<unsigned char> stacks_, memory_, before_;
+  std::vector<signed char> writers_;       // Of bytes, since the last barrier.
+  std::vector<int> reads_[kThreads / 32];  // Rows of matrices, since then.
+  int warp_ = 0;
   unsigned char* shared_ = nullptr;
   int shared_bytes_ = 0;
   const std::function<void(unsigned char*)>* kernel_ = nullptr;
