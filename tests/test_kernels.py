@@ -1,5 +1,8 @@
 """Every implementation of every op, on every device that is here, against the float64 reference on
-the CPU: the one place where they meet."""
+the CPU: the one place where they meet.
+
+"emulated" are the CUDA kernels on the CPU, thread by thread: see ops_emulator.py.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from fastalps import backends, ops, reference
 from fastalps.testing import poisoned, realistic_inputs, sample_inputs, to_device, tolerance
+from tests import ops_emulator
 
 FORWARD = [name for name in ops.SCHEMAS if not name.endswith("_backward")]
 DIFFERENTIABLE = [name for name in FORWARD if name != "active_patches"]
@@ -38,6 +42,8 @@ class Implementation:
             return "needs a CUDA device"
         if self.backend == "reference":
             return None
+        if self.backend == "emulated":
+            return ops_emulator.unavailable()
         state = (
             backends.load_native(self.device)
             if self.backend == "native"
@@ -51,6 +57,8 @@ class Implementation:
         if self.backend == "triton":
             importlib.import_module("fastalps.kernels.registration")
             return getattr(torch.ops.fastalps, f"{op}_triton").default
+        if self.backend == "emulated":
+            return getattr(torch.ops.fastalps, f"{op}_emulated").default
         return getattr(torch.ops.fastalps, op).default
 
     def close(self, actual: Tensor, exact: Tensor, dtype: torch.dtype, factor: float = 1.0) -> None:
@@ -60,6 +68,7 @@ class Implementation:
 
 REFERENCE = [Implementation("reference", device) for device in ("cpu", "cuda")]
 KERNELS_ON_CPU = [Implementation("native", "cpu")]
+EMULATED = [Implementation("emulated", "cpu")]
 KERNELS_ON_GPU = [Implementation(backend, "cuda") for backend in ("native", "triton")]
 
 
@@ -74,8 +83,8 @@ def _for_each(*implementations: Implementation) -> pytest.MarkDecorator:
     )
 
 
-every = _for_each(*REFERENCE, *KERNELS_ON_CPU, *KERNELS_ON_GPU)
-every_kernel = _for_each(*KERNELS_ON_CPU, *KERNELS_ON_GPU)
+every = _for_each(*REFERENCE, *KERNELS_ON_CPU, *EMULATED, *KERNELS_ON_GPU)
+every_kernel = _for_each(*KERNELS_ON_CPU, *EMULATED, *KERNELS_ON_GPU)
 on_gpu = _for_each(*KERNELS_ON_GPU)
 
 
@@ -159,6 +168,38 @@ def _gradients_agree(
             # float64 gradients pass through the float32 result of the op.
             dtype = torch.float32 if mine.dtype == torch.float64 else mine.dtype
             implementation.close(mine.grad, true.grad, dtype, factor=8.0)
+
+
+# (frames, channels), frame size, patch, stride: rows read whole, by twos and one by one; patches of
+# fewer elements than a block has threads, of as many, of several blocks; more of them than a launch
+# has blocks.
+PATCH_FORMS = [
+    ((5, 1), (90, 123), (30, 30), (30, 30)),
+    ((2, 1), (90, 124), (30, 30), (15, 16)),
+    ((3, 1), (70, 96), (32, 32), (16, 32)),
+    ((3, 2), (60, 64), (27, 27), (9, 9)),
+    ((2, 3), (150, 98), (64, 48), (17, 10)),
+    ((1, 1), (300, 200), (180, 200), (60, 1)),
+    ((7, 1), (121, 200), (2, 2), (1, 2)),
+    ((2, 3), (64, 65), (5, 1), (1, 1)),
+    ((40, 1), (96, 96), (4, 8), (4, 8)),
+]
+
+
+@_for_each(*KERNELS_ON_CPU, *EMULATED, KERNELS_ON_GPU[0])
+@pytest.mark.parametrize("form", PATCH_FORMS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.uint8, *LOW_PRECISION], ids=str)
+def test_patches_of_every_form(
+    form: tuple, dtype: torch.dtype, implementation: Implementation, rng: torch.Generator
+) -> None:
+    shape, size, patch, stride = form
+    frames = torch.randint(0, 256, (*shape, *size), generator=rng).to(dtype)
+    for out in LOW_PRECISION:
+        arguments = (frames, patch, stride, True, out, 0.25, -3.5)
+        with poisoned():
+            actual = implementation("tile_patches")(*to_device(arguments, implementation.device))
+        # Exact in float32, then rounded once.
+        assert actual.cpu().equal(reference.tile_patches(*arguments))
 
 
 @every_kernel
@@ -284,7 +325,7 @@ def _free_gigabytes(device: str) -> float:
         return 0.0
 
 
-@every_kernel
+@_for_each(*KERNELS_ON_CPU, *KERNELS_ON_GPU)
 def test_more_than_2_31_elements(implementation: Implementation) -> None:
     if _free_gigabytes(implementation.device) < 10:
         pytest.skip(f"{implementation}: needs 10 GB of free memory")

@@ -70,10 +70,10 @@ cudaError_t reduce_partials(const void* partials, bool is_double, int32_t splits
   const dim3 block(32, kThreads / 32);
   const int blocks = grid_blocks(ceil_divide(rows, block.y));
   if (is_double) {
-    reduce_partials_kernel<<<blocks, block, 0, stream>>>(
+    reduce_partials_kernel<double><<<blocks, block, 0, stream>>>(
         static_cast<const double*>(partials), splits, rows, 1.0 / static_cast<double>(m), means);
   } else {
-    reduce_partials_kernel<<<blocks, block, 0, stream>>>(
+    reduce_partials_kernel<float><<<blocks, block, 0, stream>>>(
         static_cast<const float*>(partials), splits, rows, 1.0 / static_cast<double>(m), means);
   }
   return cudaGetLastError();

@@ -1,5 +1,6 @@
-// Cutting frames into patches, with conversion: threads follow the output, so stores are coalesced
-// and wide whatever the strides of the frames.
+// Cutting frames into patches, with conversion. A thread stores the same few elements of one patch
+// after another: where in a patch they lie it finds once, of a patch only where its corner lies. So
+// stores are coalesced and wide whatever the strides of the frames.
 #include "common.cuh"
 
 namespace fastalps::cuda {
@@ -7,27 +8,29 @@ namespace {
 
 struct TileArguments {
   const void* frames;
-  void* patches;
+  void* output;
   const int64_t* kept;  // (frame, patch) pairs, or null for every patch of every frame.
   int64_t frame_stride;
   int32_t channel_stride, row_stride, column_stride;
   int32_t stride_height, stride_width, last_row, last_column;
-  uint32_t total;
-  Divider patch_width, patch_height, channels, count, columns;
+  int64_t patch_elements;
+  uint32_t patches;
+  // Of a patch: so many stores, which so many blocks share; of them there are so many groups.
+  uint32_t stores;
+  Divider blocks_per_patch;
+  uint32_t groups;
+  // Of a block's threads: so many for a patch, and so many patches side by side.
+  Divider lanes;
+  uint32_t side_by_side;
+  Divider patch_width, patch_height, count, columns;
   float scale, shift;
 };
 
-// The offset in the frames of the output element `index`, and its column and row within the patch.
-struct Place {
-  int64_t offset;
-  uint32_t column, row;
-};
+// Patches that a thread reads before it stores the first of them.
+constexpr int kAtOnce = 2;
 
-__device__ __forceinline__ Place place_of(const TileArguments& arguments, uint32_t index) {
-  uint32_t x = index;
-  uint32_t y = arguments.patch_width.split(x);
-  uint32_t channel = arguments.patch_height.split(y);
-  uint32_t patch = arguments.channels.split(channel);
+// The offset of a patch's corner in the frames.
+__device__ __forceinline__ int64_t corner(const TileArguments& arguments, uint32_t patch) {
   int64_t frame;
   if (arguments.kept != nullptr) {
     frame = arguments.kept[2 * static_cast<int64_t>(patch)];
@@ -35,74 +38,87 @@ __device__ __forceinline__ Place place_of(const TileArguments& arguments, uint32
   } else {
     frame = arguments.count.split(patch);
   }
-  uint32_t column = patch;
-  const uint32_t row = arguments.columns.split(column);
+  const uint32_t row = arguments.columns.split(patch);
   const int32_t top = min(static_cast<int32_t>(row) * arguments.stride_height, arguments.last_row);
   const int32_t left =
-      min(static_cast<int32_t>(column) * arguments.stride_width, arguments.last_column);
-  const int32_t inside = static_cast<int32_t>(channel) * arguments.channel_stride +
-                         (top + static_cast<int32_t>(y)) * arguments.row_stride +
-                         (left + static_cast<int32_t>(x)) * arguments.column_stride;
-  return Place{frame * arguments.frame_stride + inside, x, y};
+      min(static_cast<int32_t>(patch) * arguments.stride_width, arguments.last_column);
+  return frame * arguments.frame_stride + top * arguments.row_stride +
+         left * arguments.column_stride;
 }
 
-template <typename In, typename Out>
+template <typename Out, typename In>
 __device__ __forceinline__ Out convert(const TileArguments& arguments, In value) {
   return narrow<Out>(add(multiply(widen(value), arguments.scale), arguments.shift));
 }
 
-// How a thread reads the kVector elements that it stores at once.
-enum class Read {
-  kAligned,   // They never cross a row's end and are aligned: one wide load.
-  kSegments,  // Unit column stride; they cross at most one row's end.
-  kElements,  // Anything else: one element a thread.
-};
-
-template <typename In, typename Out, int kVector, Read kRead>
-__global__ void __launch_bounds__(kThreads) tile_patches_kernel(TileArguments arguments) {
-  const In* frames = static_cast<const In*>(arguments.frames);
-  Out* patches = static_cast<Out*>(arguments.patches);
-  const uint32_t step = gridDim.x * blockDim.x * kVector;
-  for (uint32_t index = (blockIdx.x * blockDim.x + threadIdx.x) * kVector; index < arguments.total;
-       index += step) {
-    const Place place = place_of(arguments, index);
-    Pack<Out, kVector> output;
-    if constexpr (kRead == Read::kElements) {
-      output.value[0] = convert<In, Out>(arguments, __ldg(frames + place.offset));
-    } else if constexpr (kRead == Read::kAligned) {
-      const auto input = Pack<In, kVector>::load(frames + place.offset);
+// One thread's elements of kCount patches, at these offsets from their corners.
+template <int kCount, typename In, typename Out, int kStored, int kRead>
+__device__ __forceinline__ void tile(const TileArguments& arguments,
+                                     const int32_t (&offset)[kStored / kRead], uint32_t first,
+                                     Out* patches) {
+  Pack<In, kRead> read[kCount][kStored / kRead];
 #pragma unroll
-      for (int k = 0; k < kVector; ++k) {
-        output.value[k] = convert<In, Out>(arguments, input.value[k]);
-      }
-    } else {
-      const uint32_t room =
-          min(arguments.patch_width.divisor - place.column, arguments.total - index);
-      const In* here = frames + place.offset;
-      // Where elements 0.. of the next row would start if that row went on to the left.
-      const In* next = here;
-      if (room < kVector && index + room < arguments.total) {
-        // Mostly of the same patch, so that nothing has to be divided again.
-        next = place.row + 1 < arguments.patch_height.divisor
-                   ? here - (place.column + room) + arguments.row_stride
-                   : frames + (place_of(arguments, index + room).offset - int64_t{room});
-      }
-      const uint32_t valid = min(static_cast<uint32_t>(kVector), arguments.total - index);
+  for (int i = 0; i < kCount; ++i) {
+    const In* const source = static_cast<const In*>(arguments.frames) +
+                             corner(arguments, first + i * arguments.side_by_side);
 #pragma unroll
-      for (uint32_t k = 0; k < kVector; ++k) {
-        const In* source = k < room ? here : next;
-        output.value[k] =
-            k < valid ? convert<In, Out>(arguments, __ldg(source + k)) : narrow<Out>(0.0f);
-      }
-      if (valid < kVector) {
-#pragma unroll
-        for (uint32_t k = 0; k < kVector; ++k) {
-          if (k < valid) patches[index + k] = output.value[k];
-        }
-        continue;
-      }
+    for (int k = 0; k < kStored / kRead; ++k) {
+      read[i][k] = Pack<In, kRead>::load(source + offset[k]);
     }
-    output.store(patches + index);
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    Pack<Out, kStored> output;
+#pragma unroll
+    for (int k = 0; k < kStored; ++k) {
+      output.value[k] = convert<Out>(arguments, read[i][k / kRead].value[k % kRead]);
+    }
+    output.store(patches + (first + i * arguments.side_by_side) * arguments.patch_elements);
+  }
+}
+
+// A thread stores kStored elements at once, and reads them kRead at a time: neighbours in a row, at
+// a multiple of their size.
+template <typename In, typename Out, int kStored, int kRead>
+__global__ void __launch_bounds__(kThreads) tile_patches_kernel(TileArguments arguments) {
+  constexpr int kReads = kStored / kRead;
+  uint32_t store = threadIdx.x;
+  const uint32_t place = arguments.lanes.split(store);
+  uint32_t part = blockIdx.x;
+  const uint32_t group = arguments.blocks_per_patch.split(part);
+  store += part * arguments.lanes.divisor;
+  if (place >= arguments.side_by_side || store >= arguments.stores) return;
+
+  int32_t offset[kReads];
+  uint32_t x = store * kStored;
+  uint32_t y = arguments.patch_width.split(x);
+  uint32_t channel = arguments.patch_height.split(y);
+#pragma unroll
+  for (int k = 0; k < kReads; ++k) {
+    offset[k] = static_cast<int32_t>(channel) * arguments.channel_stride +
+                static_cast<int32_t>(y) * arguments.row_stride +
+                static_cast<int32_t>(x) * arguments.column_stride;
+    x += kRead;
+    if (x == arguments.patch_width.divisor) {
+      x = 0;
+      ++y;
+    }
+    if (y == arguments.patch_height.divisor) {
+      y = 0;
+      ++channel;
+    }
+  }
+
+  Out* const patches = static_cast<Out*>(arguments.output) + static_cast<int64_t>(store) * kStored;
+  // Beyond the last patch nothing is read, rather than not stored: reads that a condition guards
+  // are put off until it is known.
+  const uint32_t together = arguments.side_by_side * kAtOnce, step = arguments.groups * together;
+  uint32_t first = group * together + place;
+  for (; first + together - arguments.side_by_side < arguments.patches; first += step) {
+    tile<kAtOnce, In, Out, kStored, kRead>(arguments, offset, first, patches);
+  }
+  for (; first < arguments.patches; first += arguments.side_by_side) {
+    tile<1, In, Out, kStored, kRead>(arguments, offset, first, patches);
   }
 }
 
@@ -161,37 +177,50 @@ __global__ void __launch_bounds__(kThreads) tile_patches_any_kernel(WideTileArgu
 
 constexpr int64_t kReach = (int64_t{1} << 31) - 1;
 
-// Some slack, so that no index of a grid-stride loop wraps around.
-constexpr int64_t kLargestLaunch = int64_t{1} << 30;
-
+// Whether `unit` elements at a time, none of which leaves its row, are read from aligned addresses.
 template <typename In>
-bool reads_aligned(const FrameView& frames, const PatchGrid& grid, int64_t vector) {
+bool reads_units(const FrameView& frames, const PatchGrid& grid, int64_t unit) {
   const int64_t last_column = grid.width - grid.patch_width;
   const bool moved_back = (grid.columns - 1) * grid.stride_width > last_column;
-  const int64_t bytes = std::min<int64_t>(16, vector * static_cast<int64_t>(sizeof(In)));
-  return frames.column_stride == 1 && grid.patch_width % vector == 0 &&
-         (grid.columns == 1 || grid.stride_width % vector == 0) &&
-         (!moved_back || last_column % vector == 0) && frames.row_stride % vector == 0 &&
-         (frames.channels == 1 || frames.channel_stride % vector == 0) &&
-         (frames.frames == 1 || frames.frame_stride % vector == 0) && aligned(frames.data, bytes);
+  const int64_t bytes = std::min<int64_t>(16, unit * static_cast<int64_t>(sizeof(In)));
+  return frames.column_stride == 1 && grid.patch_width % unit == 0 &&
+         (grid.columns == 1 || grid.stride_width % unit == 0) &&
+         (!moved_back || last_column % unit == 0) && frames.row_stride % unit == 0 &&
+         (frames.channels == 1 || frames.channel_stride % unit == 0) &&
+         (frames.frames == 1 || frames.frame_stride % unit == 0) && aligned(frames.data, bytes);
 }
 
 template <typename In, typename Out>
-cudaError_t launch_tiles(const FrameView& frames, const PatchGrid& grid,
-                         const TileArguments& arguments, cudaStream_t stream) {
-  constexpr int kVector = 16 / sizeof(Out);
-  const auto launch = [&](auto kernel, int64_t vector) {
-    const int64_t threads = ceil_divide(arguments.total, vector);
-    kernel<<<grid_blocks(ceil_divide(threads, kThreads)), kThreads, 0, stream>>>(arguments);
+cudaError_t launch_tiles(const FrameView& frames, const PatchGrid& grid, TileArguments arguments,
+                         cudaStream_t stream) {
+  const auto launch = [&](auto kernel, int64_t stored) {
+    const int64_t stores = arguments.patch_elements / stored;
+    const int64_t blocks_per_patch = ceil_divide(stores, kThreads);
+    const int64_t lanes = ceil_divide(stores, blocks_per_patch);
+    const int64_t side_by_side = kThreads / lanes;
+    const int64_t wanted = ceil_divide(arguments.patches, side_by_side * kAtOnce);
+    const int64_t threads = ceil_divide(lanes * side_by_side, 32) * 32;
+    const int64_t groups =
+        std::max<int64_t>(grid_blocks(wanted * blocks_per_patch) / blocks_per_patch, 1);
+    arguments.stores = static_cast<uint32_t>(stores);
+    arguments.blocks_per_patch = Divider(blocks_per_patch);
+    arguments.groups = static_cast<uint32_t>(groups);
+    arguments.lanes = Divider(lanes);
+    arguments.side_by_side = static_cast<uint32_t>(side_by_side);
+    kernel<<<static_cast<unsigned>(groups * blocks_per_patch), static_cast<unsigned>(threads), 0,
+             stream>>>(arguments);
     return cudaGetLastError();
   };
-  if (reads_aligned<In>(frames, grid, kVector)) {
-    return launch(tile_patches_kernel<In, Out, kVector, Read::kAligned>, kVector);
+  constexpr int kMost = 16 / sizeof(Out);
+  if (reads_units<In>(frames, grid, kMost)) {
+    return launch(tile_patches_kernel<In, Out, kMost, kMost>, kMost);
   }
-  if (frames.column_stride == 1 && grid.patch_width >= kVector) {
-    return launch(tile_patches_kernel<In, Out, kVector, Read::kSegments>, kVector);
+  if (arguments.patch_elements % 4 != 0) return launch(tile_patches_kernel<In, Out, 1, 1>, 1);
+  // Bytes are so small that a load of one moves next to nothing.
+  if constexpr (sizeof(In) == 1) {
+    if (reads_units<In>(frames, grid, 2)) return launch(tile_patches_kernel<In, Out, 4, 2>, 4);
   }
-  return launch(tile_patches_kernel<In, Out, 1, Read::kElements>, 1);
+  return launch(tile_patches_kernel<In, Out, 4, 1>, 4);
 }
 
 template <typename In>
@@ -259,53 +288,47 @@ cudaError_t tile_patches_any(const FrameView& frames, const PatchGrid& grid, voi
 cudaError_t tile_patches(const FrameView& frames, const PatchGrid& grid, void* patches,
                          DType patch_dtype, double scale, double shift, const int64_t* kept,
                          int64_t kept_count, cudaStream_t stream) {
-  // Launches cover whole units: a frame, or with `kept` a patch.
-  const int64_t units = kept != nullptr ? kept_count : frames.frames;
-  const int64_t unit = (kept != nullptr ? 1 : grid.count()) * frames.channels * grid.patch_pixels();
-  if (units * unit == 0) return cudaSuccess;
+  const int64_t patches_total = kept != nullptr ? kept_count : frames.frames * grid.count();
+  const int64_t patch_elements = frames.channels * grid.patch_pixels();
+  if (patches_total * patch_elements == 0) return cudaSuccess;
   const int64_t extent = (frames.channels - 1) * frames.channel_stride +
                          (grid.height - 1) * frames.row_stride +
                          (grid.width - 1) * frames.column_stride;
-  // A multiple of 16 units keeps every launch's first store aligned.
-  const int64_t units_per_launch =
-      units * unit <= kLargestLaunch ? units : kLargestLaunch / unit / 16 * 16;
   const bool is_double = frames.dtype == DType::kFloat64 || patch_dtype == DType::kFloat64;
   const int64_t largest_stride =
       std::max({frames.channel_stride, frames.row_stride, frames.column_stride});
-  if (is_double || units_per_launch == 0 || extent > kReach || largest_stride > kReach ||
-      grid.height > kReach / 2 || grid.width > kReach / 2 || grid.count() > kReach) {
-    return tile_patches_any(frames, grid, patches, patch_dtype, scale, shift, kept, units * unit,
-                            stream);
+  // Some slack, so that no number of a patch wraps around in a loop over the grid.
+  if (is_double || extent > kReach || largest_stride > kReach || grid.height > kReach / 2 ||
+      grid.width > kReach / 2 || grid.count() > kReach || patch_elements > kReach / 2 ||
+      patches_total > kReach / 2) {
+    return tile_patches_any(frames, grid, patches, patch_dtype, scale, shift, kept,
+                            patches_total * patch_elements, stream);
   }
-  const int64_t input_bytes = element_size(frames.dtype);
-  const int64_t output_bytes = element_size(patch_dtype);
-  for (int64_t start = 0; start < units; start += units_per_launch) {
-    const int64_t count = std::min(units_per_launch, units - start);
-    const int64_t first_frame = kept != nullptr ? 0 : start;
-    const TileArguments arguments{
-        static_cast<const char*>(frames.data) + first_frame * frames.frame_stride * input_bytes,
-        static_cast<char*>(patches) + start * unit * output_bytes,
-        kept != nullptr ? kept + 2 * start : nullptr,
-        frames.frame_stride,
-        static_cast<int32_t>(frames.channel_stride),
-        static_cast<int32_t>(frames.row_stride),
-        static_cast<int32_t>(frames.column_stride),
-        static_cast<int32_t>(std::min(grid.stride_height, grid.height)),
-        static_cast<int32_t>(std::min(grid.stride_width, grid.width)),
-        static_cast<int32_t>(grid.height - grid.patch_height),
-        static_cast<int32_t>(grid.width - grid.patch_width),
-        static_cast<uint32_t>(count * unit),
-        Divider(grid.patch_width),
-        Divider(grid.patch_height),
-        Divider(frames.channels),
-        Divider(grid.count()),
-        Divider(grid.columns),
-        static_cast<float>(scale),
-        static_cast<float>(shift)};
-    const cudaError_t status = launch_tiles(frames, grid, patch_dtype, arguments, stream);
-    if (status != cudaSuccess) return status;
-  }
-  return cudaSuccess;
+  const TileArguments arguments{frames.data,
+                                patches,
+                                kept,
+                                frames.frame_stride,
+                                static_cast<int32_t>(frames.channel_stride),
+                                static_cast<int32_t>(frames.row_stride),
+                                static_cast<int32_t>(frames.column_stride),
+                                static_cast<int32_t>(std::min(grid.stride_height, grid.height)),
+                                static_cast<int32_t>(std::min(grid.stride_width, grid.width)),
+                                static_cast<int32_t>(grid.height - grid.patch_height),
+                                static_cast<int32_t>(grid.width - grid.patch_width),
+                                patch_elements,
+                                static_cast<uint32_t>(patches_total),
+                                0,
+                                Divider(1),
+                                0,
+                                Divider(1),
+                                0,
+                                Divider(grid.patch_width),
+                                Divider(grid.patch_height),
+                                Divider(grid.count()),
+                                Divider(grid.columns),
+                                static_cast<float>(scale),
+                                static_cast<float>(shift)};
+  return launch_tiles(frames, grid, patch_dtype, arguments, stream);
 }
 
 }  // namespace fastalps::cuda

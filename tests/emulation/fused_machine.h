@@ -8,17 +8,16 @@
 // two warps that change the same place between barriers, or a matrix that is read meanwhile.
 #pragma once
 
-#include <ucontext.h>
-
 #include <cmath>
-#include <csetjmp>
 #include <cstdint>
 #include <cstring>
 #include <functional>
-#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "fibers.h"
+#include "races.h"
 
 #define FASTALPS_DEVICE inline
 
@@ -51,9 +50,6 @@ enum class State { kReady, kMultiply, kLoad, kStore, kShuffle, kBarrier, kDone }
 
 struct Thread {
   State state = State::kReady;
-  bool started = false;
-  std::jmp_buf resume;
-  ucontext_t context;
   // Operands and results of the instruction that it waits for.
   float* sums;
   const Operand* a;
@@ -89,16 +85,19 @@ inline uint32_t narrow(float value) {
 
 class Machine {
  public:
-  static constexpr int kThreads = 256, kStack = 1 << 16, kGuard = 4096;
+  static constexpr int kThreads = 256, kGuard = 4096;
   static constexpr unsigned char kPoison = 0xff;  // NaN as bf16 and as float32.
 
-  int thread = 0, block = 0, blocks = 1;
+  int block = 0, blocks = 1;
   Counts counts;
 
   const int architecture;  // As in sm_90.
 
   Machine(bool descending, int architecture_)
-      : architecture(architecture_), descending_(descending), stacks_(kThreads * kStack) {}
+      : architecture(architecture_),
+        descending_(descending),
+        fibers_(kThreads),
+        races_(kThreads / 32) {}
 
   // Runs one block; the empty string where nothing was wrong.
   std::string run(int block_number, int block_total, int shared_bytes,
@@ -109,46 +108,41 @@ class Machine {
     memory_.assign(shared_bytes + 2 * kGuard + 16, kPoison);
     shared_ = memory_.data() + kGuard;
     shared_ += (16 - reinterpret_cast<uintptr_t>(shared_) % 16) % 16;
-    kernel_ = &kernel;
     error_.clear();
     threads_ = std::vector<Thread>(kThreads);
+    current = this;
+    fibers_.begin([&] { kernel(shared_); });
     while (error_.empty()) {
       int done = 0, waiting = 0;
-      writers_.assign(shared_bytes, kNobody);
-      before_.assign(shared_, shared_ + shared_bytes);
-      for (auto& each : reads_) each.clear();
+      races_.pass_barrier(shared_, shared_bytes);
       for (int i = 0; i < kThreads / 32 && error_.empty(); ++i) {
         warp_ = descending_ ? kThreads / 32 - 1 - i : i;
         const State state = run_warp(warp_);
         ++(state == State::kDone ? done : waiting);
-        find_writes();
+        if (!races_.note_writes(warp_)) fail("two warps write the same place");
       }
-      find_races();
+      if (races_.read_changes()) fail("a matrix is read while another warp writes it");
       if (done == kThreads / 32) break;
-      if (done > 0 && error_.empty()) error_ = "some warps ended, others wait at a barrier";
+      if (done > 0) fail("some warps ended, others wait at a barrier");
       for (Thread& each : threads_) each.state = State::kReady;
     }
     for (const Thread& each : threads_) {
-      if (!each.copies.empty() && error_.empty()) error_ = "a copy that nobody waits for";
+      if (!each.copies.empty()) fail("a copy that nobody waits for");
     }
     for (const unsigned char* p = memory_.data(); p < memory_.data() + memory_.size(); ++p) {
       const bool inside = p >= shared_ && p < shared_ + shared_bytes_;
-      if (!inside && *p != kPoison && error_.empty()) error_ = "a write outside shared memory";
+      if (!inside && *p != kPoison) fail("a write outside shared memory");
     }
     return error_;
   }
 
-  Thread& self() { return threads_[thread]; }
-
-  // A row of a matrix is read, by an instruction of this warp.
-  void note_read(const unsigned char* row) {
-    reads_[warp_].push_back(static_cast<int>(row - shared_));
-  }
+  int thread() const { return fibers_.running(); }
+  Thread& self() { return threads_[thread()]; }
 
   // What a group of warps reads of shared memory.
   float widened(const unsigned char* place) {
     if (place < shared_ || place + 2 > shared_ + shared_bytes_) {
-      error_ = "a matrix outside shared memory";
+      fail("a matrix outside shared memory");
       return 0.0f;
     }
     note_read(place - (place - shared_) % 16);
@@ -161,9 +155,9 @@ class Machine {
 
   void start_copy(unsigned char* target, const void* source) {
     if (target < shared_ || target + 16 > shared_ + shared_bytes_) {
-      error_ = "a copy outside shared memory";
+      fail("a copy outside shared memory");
     } else if (((target - shared_) | reinterpret_cast<intptr_t>(source)) % 16 != 0) {
-      error_ = "a copy from or to an unaligned address";
+      fail("a copy from or to an unaligned address");
     } else {
       self().copies.emplace_back(target, source);
     }
@@ -176,69 +170,28 @@ class Machine {
 
   void wait(State state) {
     self().state = state;
-    if (_setjmp(self().resume) == 0) _longjmp(scheduler_, 1);
+    fibers_.pause();
   }
 
  private:
-  static void enter() { current->body(); }
-
-  void body() {
-    (*kernel_)(shared_);
-    self().state = State::kDone;
-    _longjmp(scheduler_, 1);
+  // The first thing that goes wrong is told.
+  void fail(const char* what) {
+    if (error_.empty()) error_ = what;
   }
 
-  void resume(int number) {
-    thread = number;
-    Thread& mine = threads_[number];
-    current = this;
-    if (_setjmp(scheduler_) != 0) return;
-    if (mine.started) _longjmp(mine.resume, 1);
-    mine.started = true;
-    getcontext(&mine.context);
-    mine.context.uc_stack.ss_sp = stacks_.data() + static_cast<size_t>(number) * kStack;
-    mine.context.uc_stack.ss_size = kStack;
-    mine.context.uc_link = nullptr;
-    makecontext(&mine.context, &Machine::enter, 0);
-    setcontext(&mine.context);
-  }
-
-  // What this warp has changed since it last ran: by two warps between the same barriers it may
-  // not.
-  void find_writes() {
-    for (int chunk = 0; chunk < shared_bytes_; chunk += 16) {
-      const int size = shared_bytes_ - chunk < 16 ? shared_bytes_ - chunk : 16;
-      if (std::memcmp(shared_ + chunk, before_.data() + chunk, size) == 0) continue;
-      for (int i = chunk; i < chunk + size; ++i) {
-        if (shared_[i] == before_[i]) continue;
-        if (writers_[i] != kNobody && error_.empty()) error_ = "two warps write the same place";
-        writers_[i] = static_cast<signed char>(warp_);
-        before_[i] = shared_[i];
-      }
-    }
-  }
-
-  // Nor may a matrix be read while another warp changes it. Other reads are not seen.
-  void find_races() {
-    for (int warp = 0; warp < kThreads / 32; ++warp) {
-      for (const int row : reads_[warp]) {
-        for (int i = row; i < row + 16 && i < shared_bytes_; ++i) {
-          if (writers_[i] == kNobody || writers_[i] == warp || !error_.empty()) continue;
-          error_ = "a matrix is read while another warp writes it";
-        }
-      }
-    }
-  }
+  // A row of a matrix is read, by an instruction of this warp.
+  void note_read(const unsigned char* row) { races_.note_read(warp_, row); }
 
   State run_warp(int warp) {
     Thread* const lanes = threads_.data() + warp * 32;
     while (true) {
       for (int lane = 0; lane < 32; ++lane) {
-        if (lanes[lane].state == State::kReady) resume(warp * 32 + lane);
+        if (lanes[lane].state != State::kReady) continue;
+        if (fibers_.resume(warp * 32 + lane)) lanes[lane].state = State::kDone;
       }
       const State state = lanes[0].state;
       for (int lane = 1; lane < 32; ++lane) {
-        if (lanes[lane].state != state) error_ = "lanes of a warp meet different instructions";
+        if (lanes[lane].state != state) fail("lanes of a warp meet different instructions");
       }
       if (!error_.empty() || state == State::kBarrier || state == State::kDone) return state;
       if (state == State::kMultiply) multiply(lanes);
@@ -315,7 +268,7 @@ class Machine {
     if (!are_rows(rows, 32)) return;
     for (int row = 0; row < 32; ++row) {
       for (int other = 0; other < row; ++other) {
-        if (rows[row] == rows[other]) error_ = "stmatrix stores two rows at one address";
+        if (rows[row] == rows[other]) fail("stmatrix stores two rows at one address");
       }
     }
     counts.store_cycles += cycles(rows, 4);
@@ -330,9 +283,9 @@ class Machine {
   bool are_rows(const unsigned char* const* rows, int count) {
     for (int row = 0; row < count; ++row) {
       if (rows[row] < shared_ || rows[row] + 16 > shared_ + shared_bytes_) {
-        error_ = "a matrix outside shared memory";
+        fail("a matrix outside shared memory");
       } else if (reinterpret_cast<uintptr_t>(rows[row]) % 16 != 0) {
-        error_ = "a matrix at an unaligned address";
+        fail("a matrix at an unaligned address");
       }
     }
     return error_.empty();
@@ -374,16 +327,13 @@ class Machine {
 
  private:
   bool descending_;
-  static constexpr signed char kNobody = -1;
-  std::vector<unsigned char> stacks_, memory_, before_;
-  std::vector<signed char> writers_;       // Of bytes, since the last barrier.
-  std::vector<int> reads_[kThreads / 32];  // Rows of matrices, since then.
+  Fibers fibers_;
+  Races races_;
+  std::vector<unsigned char> memory_;
   int warp_ = 0;
   unsigned char* shared_ = nullptr;
   int shared_bytes_ = 0;
-  const std::function<void(unsigned char*)>* kernel_ = nullptr;
   std::vector<Thread> threads_;
-  std::jmp_buf scheduler_;
   std::string error_;
 };
 
@@ -391,7 +341,7 @@ class Machine {
 
 namespace fastalps::cuda::fused {
 
-inline int thread_index() { return emulation::Machine::current->thread; }
+inline int thread_index() { return emulation::Machine::current->thread(); }
 inline int thread_index_anew() { return thread_index(); }
 inline int block_index() { return emulation::Machine::current->block; }
 inline int block_count() { return emulation::Machine::current->blocks; }
