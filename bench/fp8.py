@@ -31,7 +31,7 @@ from bench.command_line import Parser, guarded
 from bench.precision import PRETRAINED, ROOT, exact_errors, print_rows, row
 from fastalps.environment import result_record
 from fastalps.files import write_json
-from fastalps.inference import fold_batch_norm
+from fastalps.folding import fold_batch_norm
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 CALIBRATION = 512  # images

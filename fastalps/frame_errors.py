@@ -3,60 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fastalps.chunks import Band, Plan
-from fastalps.inference import Cut, Passes
 from fastalps.inputs import Pixels, check_pixels, home, release_mapped, to_tensor
+from fastalps.passes import Cut, Network, Passes
 from fastalps.streaming import COMPUTE, Staging
-
-
-class Network(Protocol):
-    """What computes errors: `fastalps.inference.LayerByLayer`, `fastalps.engine.Engine` or
-    `fastalps.fused.FusedEngine`."""
-
-    device: torch.device
-
-    def errors(self, images: Tensor, passes: Passes) -> Tensor:
-        """Mean squared errors of the reconstructions.
-
-        Args:
-            images: (N, C, H, W) on the device, uint8 (0 to 255) or floating (0 to 1), any strides;
-                N may be 0.
-            passes: "normal", "perturbed" or "both".
-
-        Returns:
-            (1, N) float32, or (2, N) for "both": normal, then perturbed.
-        """
-        ...
-
-    def frame_errors(
-        self,
-        frames: Tensor,
-        cut: Cut,
-        passes: Passes,
-        background: Tensor | None = None,
-        threshold: float = 0.0,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Errors of the patches of frames; with a background, of those that differ from it.
-
-        Args:
-            frames: (N, H, W) or (N, C, H, W) on the device, as for `errors`; uint8 (N, H, W) with
-                a background.
-            cut: patch size, stride and edge.
-            passes: see `errors`.
-            background: uint8 (H, W) of the motion gate, on the device; None = every patch is
-                scored.
-            threshold: of the gate, see `fastalps.ops.active_patches`.
-
-        Returns:
-            errors (rows, N, P) float32, 0 where the gate dropped the patch, and kept bool (N, P),
-            or None without a background. Both are the caller's: nothing writes to them later.
-        """
-        ...
 
 
 def frame_errors(

@@ -19,9 +19,9 @@ from torch import Tensor
 from fastalps import backends, fused_build, ops, replay
 from fastalps.chunks import Plan
 from fastalps.fused_packing import SHAPES, pack_fused, shape_number, sizes
-from fastalps.inference import Cut, Passes
 from fastalps.inputs import unit_pixels
 from fastalps.models import ALPS, BOUNDS, ModelConfig
+from fastalps.passes import Cut, Passes
 from fastalps.replay import Repeats
 
 # Patches a block of the first half of M: a chunk gives each multiprocessor as many blocks.
@@ -165,7 +165,7 @@ class FusedEngine:
         return replace(plan, step=max(1, patches // plan.patches)) if patches else plan
 
     def errors(self, images: Tensor, passes: Passes) -> Tensor:
-        """See `fastalps.frame_errors.Network.errors`."""
+        """See `fastalps.passes.Network.errors`."""
         size = self.config.image_size
         pieces = [
             self.frame_errors(part, (size, size, "drop"), passes)[0].flatten(1)
@@ -182,7 +182,7 @@ class FusedEngine:
         background: Tensor | None = None,
         threshold: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `fastalps.frame_errors.Network.frame_errors`; of less than 2^30 patches."""
+        """See `fastalps.passes.Network.frame_errors`; of less than 2^30 patches."""
         if frames.dim() == 4:
             frames = frames[:, 0]
         if frames.dtype not in (torch.uint8, torch.float32):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastalps.inference import fold_batch_norm
+from fastalps.folding import fold_batch_norm
 from fastalps.models import ALPS, PRESETS, Decoder, ModelConfig
 from fastalps.rounding import round_taps
 

@@ -65,6 +65,12 @@ class MotionGate:
                 )
         _check_samples(self.samples)
 
+    def background_of(self, frames: Tensor | np.ndarray[Any, Any]) -> Tensor:
+        """The gate's own background, else that of the clip, see `clip_background`."""
+        if self.background is not None:
+            return self.background
+        return clip_background(frames, self.samples)
+
     def kept(
         self,
         frames: Tensor | np.ndarray[Any, Any],
@@ -91,9 +97,7 @@ class MotionGate:
         kept = torch.zeros(count, plan.patches, dtype=torch.bool)
         if count == 0:
             return kept
-        background = self.background
-        if background is None:
-            background = clip_background(frames, self.samples)
+        background = self.background_of(frames)
         for part, band in plan.pieces(count):
             rows = slice(band.top, band.bottom)
             pixels = to_tensor(frames[part, rows])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalps import reference
-from fastalps.inference import fold_batch_norm
+from fastalps.folding import fold_batch_norm
 from fastalps.models import ALPS
 from fastalps.smoothing import smooth
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastalps import backends
 from fastalps.engine import Engine, why_not
 from fastalps.engine.narrow import Ranges, activation_ranges, range_count
+from fastalps.environment import has_fast_bfloat16
 from fastalps.inputs import check_array, to_tensor
 from fastalps.models import ALPS
 
@@ -143,18 +144,23 @@ def in_hardware(precision: str) -> bool:
     return any(name in backends.dot_products() for name in NARROW[precision])
 
 
-def choose(model: ALPS) -> str:
-    """The precision that "auto" stands for on a CPU: the fastest that keeps the model's ranking.
+def choose(model: ALPS, device: torch.device) -> str:
+    """The precision that "auto" stands for.
 
-    int8 before bf16 before fp32; the first two only where the processor has instructions for them
-    (AVX512-VNNI or AVX-VNNI; AVX512-BF16) and the model's `quantization` found them close to fp32:
-    ranks correlated to `LEAST_CORRELATION` at least, and a median difference of
-    `LARGEST_DIFFERENCE` at most. Without a `quantization`: fp32.
+    A precision is close to fp32 where the model's `quantization` found ranks correlated to
+    `LEAST_CORRELATION` at least, and a median difference of `LARGEST_DIFFERENCE` at most.
+
+    In the engine, on CPUs: int8 before bf16 before fp32, the first two only where they are close
+    and the processor has instructions for them (AVX512-VNNI or AVX-VNNI; AVX512-BF16). On CUDA
+    devices, and layer by layer: bf16 where the device has instructions for it, unless it was found
+    not to be close.
     """
     found = {} if model.quantization is None else model.quantization.agreement
-    cpu = torch.device("cpu")
-    for name in NARROW:
-        close = name in found and found[name].close
-        if close and in_hardware(name) and not why_not(model.config, cpu, name):
-            return name
-    return "fp32"
+    if not why_not(model.config, device, "fp32"):
+        for name in NARROW:
+            close = name in found and found[name].close
+            if close and in_hardware(name) and not why_not(model.config, device, name):
+                return name
+        return "fp32"
+    far = "bf16" in found and not found["bf16"].close
+    return "bf16" if has_fast_bfloat16(device) and not far else "fp32"

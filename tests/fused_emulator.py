@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastalps import ops
 from fastalps.fused_packing import PackedWeights, Sizes, shape_number, sizes
-from fastalps.inference import Passes
+from fastalps.passes import Passes
 from fastalps.models import ALPS
 
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,7 @@ from fastalps.data import load_images
 from fastalps.engine import Engine, why_not
 from fastalps.engine.narrow import LARGEST_IMAGE, NARROW, activation_ranges, range_count
 from fastalps.errors import UserError
-from fastalps.inference import fold_batch_norm
+from fastalps.folding import fold_batch_norm
 from fastalps.models import BOUNDS, PERTURBATIONS, Encoder
 from fastalps.quantization import Agreement, Quantization, quantize
 from fastalps.testing import SCORE_ERROR, poisoned
@@ -388,6 +388,22 @@ def test_auto_is_the_fastest_that_keeps_the_ranking(monkeypatch) -> None:
         assert Scorer(model).precision == expected
     model.quantization = None
     assert Scorer(model).precision == "fp32"
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_auto_on_gpus_is_bf16_unless_it_is_known_to_be_far(monkeypatch, fast: bool) -> None:
+    monkeypatch.setattr("fastalps.quantization.has_fast_bfloat16", lambda device: fast)
+    model = randomise(ALPS(12, preset="fast"), 2)
+    ranges = activation_ranges(model, pixels_of((20, 1, 12, 12), 1))
+    for found, expected in (
+        (None, "bf16"),
+        ({}, "bf16"),
+        ({"int8": Agreement(0.9, 0.1), "bf16": Agreement(0.9995, 0.005)}, "bf16"),
+        ({"bf16": Agreement(0.998, 0.005)}, "fp32"),
+    ):
+        model.quantization = None if found is None else Quantization(ranges, 20, found)
+        chosen = quantization.choose(model, torch.device("cuda"))
+        assert chosen == (expected if fast else "fp32")
 
 
 @needs_library

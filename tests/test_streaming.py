@@ -165,12 +165,12 @@ class LateNetwork:
 @contextlib.contextmanager
 def on(device: Lagging, scorer: Scorer):
     """Inside, the scorer takes its streams to the device."""
-    network = LateNetwork(scorer._network(), device)
+    network = LateNetwork(scorer._networks.current(), device)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streaming, "cuda", device)
         patch.setattr(streaming, "_pinned", device.memory)
         patch.setattr(streaming, "_keep_for", lambda tensor, stream: None)
-        patch.setattr(scorer, "_network", lambda: network)
+        patch.setattr(scorer._networks, "current", lambda: network)
         patch.setattr(scorer, "_stagings", Stagings(scorer.device))
         with device:
             yield

@@ -18,7 +18,7 @@ from fastalps.cli.options import EvaluationOptions
 from fastalps.data import Clip, OneClassData, moving_patches
 from fastalps.errors import UserError
 from fastalps.frame_scores import FrameScores, reduce_patches
-from fastalps.gate import MotionGate, clip_background
+from fastalps.gate import MotionGate
 from fastalps.scoring import Scorer
 from fastalps.training import FitResult
 
@@ -256,10 +256,7 @@ def _patch_examples(
         # A frame in eleven shows enough of a clip.
         part = slice(None, None, 11)
         thin = Clip(clip.name, clip.frames[part], None, clip.masks[part])
-        background = gate.background
-        if background is None:
-            background = clip_background(clip.frames, gate.samples)
-        still = replace(gate, background=background)
+        still = replace(gate, background=gate.background_of(clip.frames))
         keep = still.kept(thin.frames, patch_size)
         patches.append(moving_patches([thin], patch_size, still))
         labels.append(protocols.patch_labels(clip.masks[part], patch_size)[keep])

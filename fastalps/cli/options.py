@@ -124,8 +124,8 @@ class ScoreOptions:
     """Scoring.
 
     Attributes:
-        precision: fp32, bf16, int8 (CPUs) or auto: the fastest that the device computes in hardware
-            and that keeps the ranking of normal images.
+        precision: fp32, bf16, int8 (CPUs) or auto: on CPUs the fastest that is known to keep the
+            ranking of normal images, on GPUs bf16 unless it is known not to.
         device: cpu, cuda, cuda:1, ... or auto.
         threshold: flag what scores above this, in place of the run's own threshold.
         overlays: frames to draw with their heatmaps, those with the highest scores; -1 = all.

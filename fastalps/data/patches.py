@@ -12,7 +12,6 @@ from fastalps import ops
 from fastalps.chunks import plan_chunks
 from fastalps.data.containers import Clip, OneClassData
 from fastalps.errors import UserError
-from fastalps.gate import clip_background
 from fastalps.inputs import pair
 
 if TYPE_CHECKING:
@@ -53,9 +52,7 @@ def moving_patches(
         if not len(frames):
             continue
         plan = plan_chunks(tuple(frames.shape[1:]), patch, stride, edge, bytes_per_pixel=2)
-        background = gate.background
-        if background is None:
-            background = clip_background(frames, gate.samples)
+        background = gate.background_of(frames)
         for part, band in plan.pieces(len(frames)):
             rows = slice(band.top, band.bottom)
             # Half precision holds every gray level exactly, in half the memory.

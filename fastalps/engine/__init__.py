@@ -16,9 +16,10 @@ from torch import Tensor
 from fastalps import backends, ops
 from fastalps.engine import narrow
 from fastalps.engine.packing import PRECISIONS, pack
-from fastalps.inference import Cut, Passes, fold_batch_norm
+from fastalps.folding import fold_batch_norm
 from fastalps.inputs import unit_pixels
 from fastalps.models import ALPS, ModelConfig
+from fastalps.passes import Cut, Passes
 
 logger = logging.getLogger("fastalps")
 
@@ -117,7 +118,7 @@ class Engine:
 
     @torch.inference_mode()
     def errors(self, images: Tensor, passes: Passes) -> Tensor:
-        """See `fastalps.frame_errors.Network.errors`."""
+        """See `fastalps.passes.Network.errors`."""
         images = _accepted(images)
         found = [self._call(part, passes) for part in images.split(self._images_a_call())]
         return torch.cat(found, 1)
@@ -139,7 +140,7 @@ class Engine:
         background: Tensor | None = None,
         threshold: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `fastalps.frame_errors.Network.frame_errors`."""
+        """See `fastalps.passes.Network.frame_errors`."""
         frames = _accepted(frames if frames.dim() == 4 else frames.unsqueeze(1))
         _, stride, edge = cut
         rows, columns = ops.patch_grid(frames.shape[-2:], *cut)

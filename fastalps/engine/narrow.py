@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastalps.engine import axes
 from fastalps.engine.axes import Axis
 from fastalps.engine.packing import Packed, Packer, Tuning, fill
-from fastalps.inference import fold_batch_norm
+from fastalps.folding import fold_batch_norm
 from fastalps.inputs import unit_pixels
 from fastalps.models import ALPS, Encoder
 from fastalps.rounding import round_taps

@@ -184,7 +184,7 @@ def pack(model: ALPS, minimal: bool | None = None) -> Packed:
     """The plan and the weights in fp32 of a model whose batch norms are folded, in float64.
 
     Args:
-        model: see `fastalps.inference.fold_batch_norm`.
+        model: see `fastalps.folding.fold_batch_norm`.
         minimal: use algorithms with fewer multiplications, see `fastalps.engine.axes`; None: in
             the layers that are faster so on this processor.
     """

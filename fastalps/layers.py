@@ -9,65 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
-import warnings
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from fastalps import ops
-from fastalps.environment import has_fast_bfloat16
+from fastalps.folding import fold_batch_norm
 from fastalps.inputs import unit_pixels
-from fastalps.models import ALPS, Decoder
+from fastalps.models import ALPS
+from fastalps.passes import Cut, Passes
 from fastalps.smoothing import reconstruction_errors
 
-PRECISIONS = ("fp32", "bf16")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Sizes of batches that a CPU sees: a full one, and the smaller ones that a last one is padded to.
 BATCH_SIZES = 8
-
-# The network passes that are run.
-Passes = Literal["normal", "perturbed", "both"]
-
-# How frames are cut into patches: patch size, stride and edge, see `fastalps.ops.patch_grid`.
-Cut = tuple[tuple[int, int], tuple[int, int], str]
-
-
-def passes_for(kind: str) -> Passes:
-    """The passes that one kind of score needs."""
-    if kind == "normal":
-        return "normal"
-    return "perturbed" if kind == "perturbed" else "both"
-
-
-def pick(errors: Tensor, kind: str) -> Tensor:
-    """One kind of score out of the (rows, ...) errors of its passes, or of both."""
-    if kind == "average":
-        return errors.mean(0)
-    return errors[1 if kind == "perturbed" and errors.shape[0] == 2 else 0]
-
-
-def choose_precision(precision: str, device: torch.device) -> str:
-    """Resolves "auto": bf16 where the device multiplies it in hardware, else fp32.
-
-    Raises ValueError for a precision that this path does not have. Warns where bf16 is emulated.
-    """
-    if precision == "auto":
-        return "bf16" if has_fast_bfloat16(device) else "fp32"
-    if precision not in PRECISIONS:
-        raise ValueError(
-            f"precision must be one of {', '.join(PRECISIONS)}, int8 or auto, got {precision!r}"
-        )
-    if precision == "bf16" and not has_fast_bfloat16(device):
-        warnings.warn(
-            f"this {device.type} has no bf16 arithmetic, so bf16 is emulated and slower than fp32",
-            stacklevel=3,
-        )
-    return precision
 
 
 def default_batch_size(image_size: tuple[int, int], device: torch.device) -> int:
@@ -75,50 +32,6 @@ def default_batch_size(image_size: tuple[int, int], device: torch.device) -> int
     pixels = image_size[0] * image_size[1]
     budget = 1 << (17 if device.type == "cpu" else 20)
     return max(1, min(1024, budget // pixels))
-
-
-def fold_batch_norm(network: nn.Module) -> int:
-    """Folds each batch norm into the layer right before it, in place; returns how many.
-
-    Within an nn.Sequential, where the order of calls is known, and behind a decoder's dense layer;
-    only in eval mode, where the running statistics are constants:
-    y = gamma * (w * x + b - mean) / sqrt(var + eps) + beta.
-    """
-    folded = 0
-    for parent in network.modules():
-        if isinstance(parent, Decoder) and isinstance(parent.layers[0], nn.BatchNorm2d):
-            parent.dense = _fused_dense(parent.dense, parent.layers[0])
-            parent.layers[0] = nn.Identity()
-            folded += 1
-        if not isinstance(parent, nn.Sequential):
-            continue
-        for (name, layer), (norm_name, norm) in itertools.pairwise(list(parent.named_children())):
-            fused = _fused(layer, norm)
-            if fused is not None:
-                setattr(parent, name, fused)
-                setattr(parent, norm_name, nn.Identity())
-                folded += 1
-    return folded
-
-
-def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
-    if isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None:
-        if isinstance(layer, nn.Conv2d):
-            return fuse_conv_bn_eval(layer, norm)
-        if isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1:
-            return fuse_conv_bn_eval(layer, norm, transpose=True)
-    if isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d):
-        return None if norm.running_mean is None else fuse_linear_bn_eval(layer, norm)
-    return None
-
-
-def _fused_dense(dense: nn.Linear, norm: nn.BatchNorm2d) -> nn.Linear:
-    """A dense layer whose output is a map, with the map's batch norm: its pixels share one norm."""
-    pixels = dense.out_features // norm.num_features
-    flat = nn.BatchNorm1d(dense.out_features, eps=norm.eps).to(dense.weight).eval()
-    for name in ("running_mean", "running_var", "weight", "bias"):
-        getattr(flat, name).data = getattr(norm, name).data.repeat_interleave(pixels)
-    return fuse_linear_bn_eval(dense, flat)
 
 
 class LayerByLayer:
@@ -150,7 +63,7 @@ class LayerByLayer:
 
     @torch.inference_mode()
     def errors(self, images: Tensor, passes: Passes) -> Tensor:
-        """See `fastalps.frame_errors.Network.errors`."""
+        """See `fastalps.passes.Network.errors`."""
         images = unit_pixels(images)
         rows = 2 if passes == "both" else 1
         if self._single:
@@ -170,7 +83,7 @@ class LayerByLayer:
         background: Tensor | None = None,
         threshold: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `fastalps.frame_errors.Network.frame_errors`."""
+        """See `fastalps.passes.Network.frame_errors`."""
         patch, stride, edge = cut
         if background is None:
             scale = 1 / 255 if frames.dtype == torch.uint8 else 1.0
