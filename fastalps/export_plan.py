@@ -13,8 +13,8 @@ import fastalps
 from fastalps import ops
 from fastalps.checkpoint import SCORE_KINDS
 from fastalps.errors import UserError
+from fastalps.export_networks import FrameGraph, ImageGraph
 from fastalps.gate import MotionGate
-from fastalps.graphs import FrameGraph, ImageGraph
 from fastalps.inputs import pair
 from fastalps.models import ALPS
 

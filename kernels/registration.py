@@ -21,7 +21,7 @@ from fastalps.kernels import (
     tile_patches,
 )
 
-from fastalps import backends, ops
+from fastalps import backends, op_definitions
 
 LAUNCHERS: dict[str, Callable[..., Any]] = {
     "tile_patches": tile_patches.tile_patches,
@@ -59,19 +59,20 @@ def register(name: str) -> None:
     """Defines `fastalps::<name>_triton` with its kernels, fake kernel and gradient."""
     qualified = f"fastalps::{name}_triton"
     launch = _on_device(LAUNCHERS[name])
-    pair = ops.gradient(name, "_triton")
+    pair = op_definitions.gradient(name, "_triton")
     if backends.triton_interpreted() or name in DATA_DEPENDENT:
-        _library.define(f"{name}_triton{ops.SCHEMAS[name]}", tags=(torch.Tag.pt2_compliant_tag,))
+        schema = f"{name}_triton{op_definitions.SCHEMAS[name]}"
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(f"{name}_triton", launch, "CompositeExplicitAutograd")
-        torch.library.register_fake(qualified, ops.FAKES[name], lib=_library)
+        torch.library.register_fake(qualified, op_definitions.FAKES[name], lib=_library)
         if pair is not None:
             torch.library.register_autograd(qualified, pair[1], setup_context=pair[0], lib=_library)
         return
     op: Any = torch.library.triton_op(qualified, launch, mutates_args=())
-    op.register_fake(ops.FAKES[name])
+    op.register_fake(op_definitions.FAKES[name])
     if pair is not None:
         op.register_autograd(pair[1], setup_context=pair[0])
 
 
-for _name in ops.SCHEMAS:
+for _name in op_definitions.SCHEMAS:
     register(_name)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fastalps import ops
 from fastalps.fused_packing import PackedWeights, Sizes, shape_number, sizes
-from fastalps.passes import Passes
 from fastalps.models import ALPS
+from fastalps.passes import Passes
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ("encode", "latent", "dense", "expand", "decode")

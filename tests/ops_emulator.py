@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from fastalps import ops
+from fastalps.op_definitions import FAKES, SCHEMAS, gradient
 
 ROOT = Path(__file__).parents[1]
 EMULATION = ROOT / "tests/emulation"
@@ -100,13 +100,13 @@ def build(folder: Path) -> Path:
 
 def load(library: Path) -> None:
     """Registers `fastalps::<op>_emulated` for every op, on tensors of the CPU."""
-    for name, schema in ops.SCHEMAS.items():
+    for name, schema in SCHEMAS.items():
         _raw.define(f"{name}{schema}")
     torch.ops.load_library(str(library))
-    for name, schema in ops.SCHEMAS.items():
+    for name, schema in SCHEMAS.items():
         emulated, qualified = f"{name}_emulated", f"fastalps::{name}_emulated"
         _library.define(f"{emulated}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(emulated, getattr(torch.ops.fastalps_emulated, name).default, "CPU")
-        torch.library.register_fake(qualified, ops.FAKES[name], lib=_library)
-        if (pair := ops.gradient(name, "_emulated")) is not None:
+        torch.library.register_fake(qualified, FAKES[name], lib=_library)
+        if (pair := gradient(name, "_emulated")) is not None:
             torch.library.register_autograd(qualified, pair[1], setup_context=pair[0], lib=_library)

@@ -17,8 +17,8 @@ import fastalps
 from fastalps import ALPS, Calibration, MotionGate, Scorer, UserError, ops
 from fastalps.cli import export as command
 from fastalps.export import export_onnx, export_program
+from fastalps.export_networks import FrameGraph
 from fastalps.export_plan import Plan
-from fastalps.graphs import FrameGraph
 from tests.test_cli import one_line
 from tests.test_scoring import moving, warmed_model
 

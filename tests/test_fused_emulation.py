@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastalps import ALPS, fused_build, ops
+from fastalps.folding import fold_batch_norm
 from fastalps.fused import FusedEngine
 from fastalps.fused_packing import SHAPES, PackedWeights, pack_fused, shape_number, sizes
-from fastalps.folding import fold_batch_norm
 from fastalps.models import BOUNDS, model_config
 from fastalps.testing import SCORE_ERROR
 from tests import fused_emulator

@@ -17,11 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastalps import backends, ops, reference
+from fastalps import backends, reference
+from fastalps.op_definitions import SCHEMAS
 from fastalps.testing import poisoned, realistic_inputs, sample_inputs, to_device, tolerance
 from tests import ops_emulator
 
-FORWARD = [name for name in ops.SCHEMAS if not name.endswith("_backward")]
+FORWARD = [name for name in SCHEMAS if not name.endswith("_backward")]
 DIFFERENTIABLE = [name for name in FORWARD if name != "active_patches"]
 LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from fastalps import ALPS, MotionGate, Scorer, backends, ops
+from fastalps import ALPS, MotionGate, Scorer, backends, ops, quantization
 from fastalps.calibration import threshold_at
 from fastalps.data import Clip
 from fastalps.environment import has_fast_bfloat16
-from fastalps.frame_scores import reduce_patches
 from fastalps.folding import fold_batch_norm
+from fastalps.frame_scores import reduce_patches
 
 KINDS = ("normal", "perturbed", "average")
 
@@ -326,7 +326,7 @@ def test_auto_precision_says_what_it_chose(model: ALPS, monkeypatch) -> None:
         assert Scorer(model).precision == "fp32"  # the engine's
     monkeypatch.setattr(backends, "load_native", lambda device: backends.State(False, "absent"))
     for fast, expected in ((False, "fp32"), (True, "bf16")):
-        monkeypatch.setattr("fastalps.quantization.has_fast_bfloat16", lambda device, fast=fast: fast)
+        monkeypatch.setattr(quantization, "has_fast_bfloat16", lambda device, fast=fast: fast)
         assert Scorer(model).precision == expected
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastalps import backends, ops, reference, testing
+from fastalps import backends, reference, testing
+from fastalps.op_definitions import SCHEMAS
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 
@@ -22,7 +23,7 @@ if backends.triton_interpreted():
 importlib.import_module("fastalps.kernels.registration")
 
 HERE = Path(__file__).parent
-FORWARD = [name for name in ops.SCHEMAS if not name.endswith("_backward")]
+FORWARD = [name for name in SCHEMAS if not name.endswith("_backward")]
 DIFFERENTIABLE = [name for name in FORWARD if name != "active_patches"]
 
 
@@ -60,7 +61,7 @@ def test_in_the_interpreter():
     assert " passed" in run.stdout
 
 
-@pytest.mark.parametrize("name", sorted(ops.SCHEMAS))
+@pytest.mark.parametrize("name", sorted(SCHEMAS))
 def test_schema_has_the_ops_arguments(name):
     """`triton_op` infers its schema from annotations, which cannot say the length of a list."""
     ours, other = (

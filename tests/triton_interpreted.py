@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastalps import backends, ops, reference, testing
+from fastalps.op_definitions import SCHEMAS
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1; test_triton.py runs it", allow_module_level=True)
@@ -332,7 +333,7 @@ def test_a_grid_that_needs_two_dimensions(rng, monkeypatch):
     compare(kernel("fold_scores")(*arguments), reference.fold_scores(*arguments))
 
 
-@pytest.mark.parametrize("name", sorted(ops.SCHEMAS))
+@pytest.mark.parametrize("name", sorted(SCHEMAS))
 def test_schema_is_the_ops_own(name):
     ours, other = (
         str(getattr(torch.ops.fastalps, key).default._schema) for key in (name, f"{name}_triton")
