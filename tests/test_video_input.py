@@ -20,7 +20,11 @@ import fastalps
 from fastalps import Scorer
 from fastalps.cli import score, train
 from fastalps.data import video as video_module
-from fastalps.data.video import VideoReader, read_video, shown
+from fastalps.data import video_decoder
+from fastalps.data.video import VideoReader
+from fastalps.data.video_clips import read_video
+from fastalps.data.video_decoder import VideoDecoder
+from fastalps.data.video_source import shown
 from fastalps.errors import UserError
 from fastalps.gate import MotionGate
 from tests.video_servers import Camera, Server
@@ -217,7 +221,7 @@ def test_a_stream_over_http_scores_as_the_file(tmp_path, name: str, codec: str) 
 
 
 def test_a_live_stream_is_connected_to_again(tmp_path, monkeypatch, caplog, gray_run) -> None:
-    monkeypatch.setattr(video_module, "_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(video_decoder, "_RETRY_SECONDS", 0.01)
     # Without a length, and of a format that states none: it might go on for ever.
     write(tmp_path / "a.mjpeg", scene(), "mjpeg")
     with Server(tmp_path, live=True) as server:
@@ -231,7 +235,7 @@ def test_a_live_stream_is_connected_to_again(tmp_path, monkeypatch, caplog, gray
 
 
 def test_an_rtsp_camera(tmp_path, monkeypatch, caplog, capsys, gray_run) -> None:
-    monkeypatch.setattr(video_module, "_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(video_decoder, "_RETRY_SECONDS", 0.01)
     frames, out = scene(), tmp_path / "out"
     with Camera(frames, password="me:secret") as camera:
         # The film ends, and the camera hangs up, after every 24 frames.
@@ -256,7 +260,7 @@ def test_an_rtsp_camera(tmp_path, monkeypatch, caplog, capsys, gray_run) -> None
 
 
 def test_attempts_to_connect_again_are_limited(tmp_path, monkeypatch, capsys, gray_run) -> None:
-    monkeypatch.setattr(video_module, "_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(video_decoder, "_RETRY_SECONDS", 0.01)
     write(tmp_path / "a.mjpeg", scene(), "mjpeg")
     server = Server(tmp_path, live=True)
     with server, VideoReader(f"{server.url}/a.mjpeg", reconnects=2) as video:
@@ -352,11 +356,11 @@ def test_damaged_packets_are_skipped_and_counted(tmp_path, caplog) -> None:
 def test_unknown_frame_rate(tmp_path, gray_run, monkeypatch) -> None:
     path = write(tmp_path / "a.mkv", scene())
 
-    def item(self, frame, begun, original=VideoReader._item):
-        return original(self, frame, begun)[0], None
+    def timed(self, frame, original=VideoDecoder._timed):
+        return original(self, frame)[0], None
 
-    monkeypatch.setattr(VideoReader, "_rate", lambda self, stream: None)
-    monkeypatch.setattr(VideoReader, "_item", item)
+    monkeypatch.setattr(VideoDecoder, "_rate", lambda self, stream: None)
+    monkeypatch.setattr(VideoDecoder, "_timed", timed)
     out = tmp_path / "out"
     assert score.main([str(gray_run), str(path), "--out", str(out)]) == 0
     assert [row["time"] for row in rows_of(out / "scores.csv")] == [""] * FRAMES
@@ -429,7 +433,7 @@ def test_interrupt_is_the_end_of_a_camera(tmp_path, gray_run, monkeypatch, capsy
         taken.extend([] if item is None else [item])
         return item
 
-    monkeypatch.setattr(VideoReader, "_is_live", lambda self: True)
+    monkeypatch.setattr(VideoDecoder, "_is_live", lambda self: True)
     monkeypatch.setattr(VideoReader, "_next", interrupted)
     out = tmp_path / "out"
     assert score.main([str(gray_run), str(path), "--out", str(out), "--chunk", "3"]) == 130

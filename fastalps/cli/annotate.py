@@ -11,7 +11,7 @@ import numpy as np
 
 from fastalps.cli.overlays import Frame, titled_overlay
 from fastalps.cli.score_files import partial
-from fastalps.data.video import import_av
+from fastalps.data.video_decoder import import_av
 from fastalps.errors import UserError
 
 ANNOTATED = "annotated.mp4"

@@ -13,7 +13,9 @@ from fastalps.cli.options import ScoreOptions
 from fastalps.data import IMAGE_SUFFIXES, iter_frames, still_background
 from fastalps.data.decode import worker_count
 from fastalps.data.frames import frame_sample
-from fastalps.data.video import VideoReader, is_url, is_video, shown, video_sample
+from fastalps.data.video import VideoReader
+from fastalps.data.video_clips import video_sample
+from fastalps.data.video_source import is_url, is_video, shown
 from fastalps.errors import UserError
 from fastalps.gate import CLIP_SAMPLES, clip_background
 from fastalps.stage_times import StageTimes

@@ -20,7 +20,7 @@ from fastalps.cli.score_profile import READ, SCORE, START, WRITE, Profile
 from fastalps.cli.score_summary import Watch
 from fastalps.data import read_images
 from fastalps.data.decode import worker_count
-from fastalps.data.video import VIDEO_SUFFIXES, is_url
+from fastalps.data.video_source import VIDEO_SUFFIXES, is_url
 from fastalps.errors import UserError
 from fastalps.files import make_folder
 from fastalps.gate import MotionGate

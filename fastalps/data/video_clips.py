@@ -1,17 +1,62 @@
-"""A folder of video files as clips to train on."""
+"""Frames of video files in memory: all of one, a sample of one, or a folder of them as clips."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from fastalps.data.containers import Clip
+from fastalps.data.decode import SourceError
 from fastalps.data.listing import natural_key, require_folder
-from fastalps.data.video import VIDEO_SUFFIXES, VideoReader, read_video
+from fastalps.data.video import VideoReader
+from fastalps.data.video_source import VIDEO_SUFFIXES
 from fastalps.errors import UserError
 
 # A single recording is cut into so many clips, of which the last is held out.
 PARTS = 8
+
+
+def read_video(path: str | os.PathLike[str], limit: int | None = None) -> Tensor:
+    """All frames of a video file, or its first `limit`, as gray: uint8 (T, H, W).
+
+    Memory is that of the frames, twice while they are put together. Raises UserError as
+    `VideoReader`.
+    """
+    with VideoReader(path, limit=limit) as video:
+        if video.live:
+            raise SourceError(f"{video.source} has no end; give a file")
+        return torch.cat([frames for frames, _ in video])
+
+
+def video_sample(path: str | os.PathLike[str], samples: int, longest: int) -> Tensor | None:
+    """At most `samples` frames of a video file at even distances, uint8 (n, H, W).
+
+    They are those that `fastalps.gate.clip_background` picks from the whole clip. None for a live
+    source, and for one that has more than `longest` frames or does not state their number: it
+    would have to be decoded to its end. Raises UserError as `VideoReader`.
+    """
+    with VideoReader(path) as video:
+        count = video.expected or int((video.duration or 0) * (video.frame_rate or 0))
+        if video.live or not 0 < count <= longest:
+            return None
+        chosen = {i * count // samples for i in range(samples)} if count > samples else None
+        rows: list[Tensor] = []
+        try:
+            for frames, _ in video:
+                first = video.frames - len(frames)
+                rows += [
+                    frame.clone()
+                    for i, frame in enumerate(frames, first)
+                    if not chosen or i in chosen
+                ]
+        except SourceError:
+            # Who reads the video meets the same error after all frames before it.
+            if not rows:
+                raise
+        return torch.stack(rows) if rows else None
 
 
 def list_videos(folder: str | os.PathLike[str]) -> list[Path]:
