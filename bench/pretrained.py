@@ -106,7 +106,12 @@ def _ucsd(root: Path, out: Path) -> dict[str, Any]:
     fastalps.save(model, out, dtype=STORED)
     moving = _moving(test)
     results = [scorer.scores_frames(clip.frames) for clip in moving]
-    options: dict[str, Any] = {"patch_size": PATCH, "stride": STRIDE, "top_k": TOP_K}
+    options: dict[str, Any] = {
+        "patch_size": PATCH,
+        "stride": STRIDE,
+        "top_k": TOP_K,
+        "dropped": "left out",
+    }
     still = protocols.motion_baseline(test, PATCH, STRIDE)
     kept = [gate.kept(clip.frames, PATCH, STRIDE) for clip in moving]
     rows = {

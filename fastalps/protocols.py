@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Share of a patch's pixels in the mask above which the patch is anomalous.
 OVERLAP = 0.3
 NEGATIVES = ("none", "rest")
+DROPPED = ("zero", "left out")
 
 
 def figures(scores: Any, anomalous: Any) -> dict[str, Any]:
@@ -122,6 +123,7 @@ def evaluate_video(
     negatives: str = "none",
     frame_reduces: Sequence[str] = FRAME_REDUCES,
     top_k: int = 3,
+    dropped: str = "zero",
     per_clip: bool = False,
     smooth: int = 1,
 ) -> dict[str, Any]:
@@ -139,6 +141,9 @@ def evaluate_video(
         negatives: "none" = patches without any anomalous pixel, those between left out; "rest" =
             every patch that is not anomalous.
         frame_reduces, top_k: see `fastalps.frame_scores.reduce_patches`.
+        dropped: what the patches that the gate dropped are to a frame's gated score: "zero" = they
+            count as 0, as a gated `fastalps.Scorer` has them; "left out" = only kept patches are
+            reduced, 0 where there is none. Maxima are the same.
         per_clip: adds figures with each clip's frame scores scaled to [0, 1] on their own, common
             in older work. It uses the whole clip and hides how scores compare between clips.
         smooth: frames of a moving average over each clip's frame scores (odd); above 1 it adds
@@ -148,14 +153,15 @@ def evaluate_video(
         {"rules": ..., "patch": {"all": `figures` and `left_out`, "gated": ...},
         "frame": {"micro": {"max": {"all": `figures`, "gated": ...}, ...}}}. `micro` ranks the
         frames of all clips at once; the other groups are `per_clip`, `micro_smooth21` and the like.
-        A level that no clip has ground truth for is absent. A frame's gated score reduces the kept
-        patches only, 0 where there is none.
+        A level that no clip has ground truth for is absent.
 
     Raises:
         ValueError: counts or shapes that do not agree, an unknown rule, no ground truth at all.
     """
     if negatives not in NEGATIVES:
         raise ValueError(f"negatives must be one of {', '.join(NEGATIVES)}, got {negatives!r}")
+    if dropped not in DROPPED:
+        raise ValueError(f"dropped must be one of {', '.join(DROPPED)}, got {dropped!r}")
     for reduce in frame_reduces:
         check_frame_reduce(reduce, top_k)
     _check_window(smooth)
@@ -170,6 +176,7 @@ def evaluate_video(
             "overlap": overlap,
             "negatives": negatives,
             "top_k": top_k,
+            "dropped": dropped,
             "clips": len(clips),
             "frames": sum(len(scores) for scores in patches),
         }
@@ -193,8 +200,12 @@ def evaluate_video(
         for reduce in frame_reduces:
             for gated in ("all", "gated") if gates is not None else ("all",):
                 curves = [
-                    reduce_patches(
-                        patches[i], reduce, top_k, gates[i] if gates and gated == "gated" else None
+                    _frame_curve(
+                        patches[i],
+                        gates[i] if gates and gated == "gated" else None,
+                        reduce,
+                        top_k,
+                        dropped,
                     )
                     for i in labelled
                 ]
@@ -300,6 +311,14 @@ def _clip_patches(
     if gates and len(gates) != len(clips):
         raise ValueError(f"clip_scores: {len(gates)} of {len(clips)} clips were gated; gate all")
     return patches, gates or None
+
+
+def _frame_curve(
+    patches: Tensor, kept: Tensor | None, reduce: str, top_k: int, dropped: str
+) -> Tensor:
+    if kept is not None and dropped == "zero":
+        patches, kept = patches.where(kept, 0.0), None
+    return reduce_patches(patches, reduce, top_k, kept)
 
 
 def _patch_level(

@@ -147,6 +147,29 @@ def test_frame_level_by_hand(rng: torch.Generator) -> None:
     assert result["micro_smooth5"]["max"]["all"]["eer"] == metrics.eer(smooth, truth)
 
 
+@pytest.mark.parametrize("dropped", protocols.DROPPED)
+def test_what_dropped_patches_are_to_a_frame(rng: torch.Generator, dropped: str) -> None:
+    clips = make_clips(rng)
+    scores = random_scores(clips, rng)
+    kept = [torch.rand(s.shape, generator=rng) < 0.2 for s in scores]
+    truth = torch.cat([clip.labels for clip in clips])
+    result = protocols.evaluate_video(
+        scores, clips, patch_size=(5, 9), kept=kept, top_k=2, dropped=dropped
+    )
+    assert result["rules"]["dropped"] == dropped
+    curves: dict[str, list[float]] = {"max": [], "mean": [], "topk": []}
+    for clip_scores, clip_kept in zip(scores, kept, strict=True):
+        for values, chosen in zip(clip_scores.double(), clip_kept, strict=True):
+            used = values.where(chosen, 0.0) if dropped == "zero" else values[chosen]
+            used = torch.zeros(1) if len(used) == 0 else used
+            curves["max"].append(used.max().item())
+            curves["mean"].append(used.mean().item())
+            curves["topk"].append(used.topk(min(2, len(used))).values.mean().item())
+    for reduce, curve in curves.items():
+        found = result["frame"]["micro"][reduce]["gated"]["auroc"]
+        assert found == pytest.approx(metrics.auroc(torch.tensor(curve), truth))
+
+
 def test_figures_are_micro_and_unsmoothed_by_default(rng: torch.Generator) -> None:
     clips = make_clips(rng)
     result = protocols.evaluate_video(

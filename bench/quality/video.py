@@ -222,7 +222,12 @@ def _test(
         _scores(scorer, one, torch.ones_like(keep), PATCH)
         for one, keep in zip(shown, kept, strict=True)
     ]
-    options: dict[str, Any] = {"patch_size": PATCH, "smooth": SMOOTH, "kept": kept}
+    options: dict[str, Any] = {
+        "patch_size": PATCH,
+        "smooth": SMOOTH,
+        "kept": kept,
+        "dropped": "left out",
+    }
     found: dict[str, Any] = {
         kind: protocols.evaluate_video([getattr(s, kind) for s in plain], test, **options)
         for kind in Scores._fields
