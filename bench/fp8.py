@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 import fastalps
 from bench.command_line import Parser, guarded
-from bench.precision import PRETRAINED, ROOT, exact_errors, print_rows, row
+from bench.data import DATA, HELP
+from bench.precision import PRETRAINED, exact_errors, print_rows, row
 from fastalps.environment import result_record
 from fastalps.files import write_json
 from fastalps.folding import fold_batch_norm
@@ -156,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
     )
     parser.add_argument("--threads", type=int, default=1, help="of this process (default: 1)")
-    parser.add_argument("--root", type=Path, default=ROOT, help="folder of the data sets")
+    parser.add_argument("--root", type=Path, default=DATA, help=HELP)
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the results there")
     return guarded(lambda: _run(parser.parse_args(arguments)))
 

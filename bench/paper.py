@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from bench.command_line import Parser, guarded
+from bench.data import DATA, HELP
 from bench.quality import cells, pictures, tables, video
 from bench.quality.recipes import BASELINES, METHODS, RECIPES, VARIANTS
 from fastalps.environment import usable_cores
@@ -109,9 +110,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--root",
         type=Path,
-        default=ROOT.parent / "shared" / "data",
+        default=DATA,
         metavar="DIR",
-        help="folder of the data sets (default: ../shared/data)",
+        help=HELP,
     )
     parser.add_argument(
         "--results",

@@ -29,6 +29,7 @@ from torch import Tensor
 
 import fastalps
 from bench.command_line import Parser, guarded
+from bench.data import DATA, HELP
 from fastalps import metrics, ops, protocols
 from fastalps.data import load_images, load_ucsd, motion_frames, moving_patches
 from fastalps.data.idx import read_idx
@@ -39,7 +40,6 @@ from fastalps.files import write_json
 from fastalps.models import PRESETS
 from fastalps.quantization import quantize
 
-ROOT = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 PATCH = 30
 EVERY = 20  # frames: neighbours are almost the same
 QUANTILES = (0.5, 0.99, 1.0)
@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--device", default="cpu", choices=("cpu", "cuda"), help="where scores are computed"
     )
     parser.add_argument("--threads", type=int, default=1, help="of this process (default: 1)")
-    parser.add_argument("--root", type=Path, default=ROOT, help="folder of the data sets")
+    parser.add_argument("--root", type=Path, default=DATA, help=HELP)
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the results there")
     return guarded(lambda: _run(parser.parse_args(arguments)))
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import fastalps
 from bench.command_line import Parser, guarded
+from bench.data import DATA, HELP
 from bench.quality.recipes import RECIPES, VIDEO
 from fastalps import protocols
 from fastalps.data import (
@@ -38,7 +39,6 @@ from fastalps.pretrained import PRETRAINED, pretrained_path
 from fastalps.smoothing import SIZE
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT.parent / "shared" / "data"
 STORED = torch.float16
 TARGET_FPR = 0.01
 # Of video: three gray levels of change; patches that overlap by half, the mean of a frame's top
@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"of {', '.join(PRETRAINED)} (default: all)"
     )
-    parser.add_argument("--root", type=Path, default=DATA, help="folder of the data sets")
+    parser.add_argument("--root", type=Path, default=DATA, help=HELP)
     parser.add_argument(
         "--out", type=Path, default=ROOT / "fastalps" / "weights", help="gets the files"
     )

@@ -37,6 +37,7 @@ import torch
 
 from bench import cases, peers, table
 from bench.command_line import Parser, guarded
+from bench.data import DATA
 from bench.harness import EFFORT, Settings, keep_freed_memory, run_case
 from fastalps import backends
 from fastalps.environment import result_record, usable_cores
@@ -44,7 +45,6 @@ from fastalps.errors import UserError
 from fastalps.files import write_json
 
 PROTOCOL = "benchmark"
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def _parser() -> Parser:
@@ -78,8 +78,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--data",
         type=Path,
-        default=ROOT.parent / "shared" / "data" / "UCSDped2",
-        help="UCSD Ped2, for real frames (default: ../shared/data/UCSDped2; else random ones)",
+        default=DATA / "UCSDped2",
+        help="UCSD Ped2, for real frames (default: UCSDped2 in FASTALPS_DATA, else in "
+        "../shared/data; where it is absent, random ones)",
     )
     parser.add_argument(
         "--fresh-memory",

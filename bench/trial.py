@@ -24,6 +24,7 @@ from torch import Tensor
 
 import fastalps
 from bench.command_line import guarded
+from bench.data import DATA
 from bench.quality.kinds import scores_with
 from fastalps import metrics
 from fastalps.cli.options import ModelOptions, make_parser, parse, pick
@@ -33,7 +34,6 @@ from fastalps.models import Scores
 from fastalps.relative import energy, relative_errors
 from fastalps.training.validation import score_all
 
-ROOT = Path(__file__).resolve().parents[1]
 HELD_OUT, ANOMALOUS = 500, 4500
 # Fixes which images are held out, whatever the seed of the training.
 DRAW = 1234
@@ -47,13 +47,13 @@ class TrialOptions:
     Attributes:
         dataset: mnist or fashion-mnist.
         normal_class: 0 to 9.
-        root: folder of the data sets.
+        root: folder of the data sets; FASTALPS_DATA or ../shared/data unless given.
         threads: of this process.
     """
 
     dataset: str = "mnist"
     normal_class: int = 8
-    root: str = str(ROOT.parent / "shared" / "data")
+    root: str = str(DATA)
     threads: int = 1
 
 

@@ -24,6 +24,7 @@ import torch
 
 import fastalps
 from bench.command_line import Parser, guarded
+from bench.data import DATA, HELP
 from bench.quality.kinds import all_kinds, measured
 from bench.quality.recipes import RECIPES
 from bench.trial import trial_data
@@ -33,7 +34,6 @@ from fastalps.errors import UserError
 from fastalps.files import make_folder, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT.parent / "shared" / "data"
 RESULTS = ROOT / "bench" / "results" / "quality" / "widths"
 
 PAPER = {"encoder": (32, 64, 128), "decoder": (256, 128, 64, 32, 16, 16)}
@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--widths", nargs="+", default=list(WIDTHS), choices=tuple(WIDTHS), metavar="NAME",
         help=f"of: {', '.join(WIDTHS)} (default: all)",
     )  # fmt: skip
-    parser.add_argument("--root", type=Path, default=DATA, help="folder of the data sets")
+    parser.add_argument("--root", type=Path, default=DATA, help=HELP)
     parser.add_argument("--figure", type=Path, metavar="FILE.svg", help="draw the figure there")
     parser.add_argument("--one", choices=tuple(WIDTHS), metavar="NAME", help=argparse.SUPPRESS)
     return guarded(lambda: _run(parser.parse_args(arguments)))

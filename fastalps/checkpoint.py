@@ -43,7 +43,10 @@ class Calibration:
         level: what was scored: "image", "patch" or "frame".
         target_false_positive_rate: the share of normal samples that may be flagged.
         samples: how many normal samples it was set on.
-        settings: how they were scored (patches, gate, frame reduction).
+        settings: how they were scored. Always "precision" (str) and "smoothing" (int). Of patches
+            and frames also "patch_size" and "stride" ([height, width]), "edge" (str) and
+            "gate_threshold" (float, None: no gate); of frames "frame_reduce" (str) and "top_k"
+            (int); in runs on video "frames" ("gray" or "motion").
         quantiles: of their scores: pairs (probability, score), both rising; `fastalps.drift`
             compares streams with them. Empty in files of before they were kept.
         correlation: how many successive ones tell as much as one independent one, at least 1.

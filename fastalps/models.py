@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fastalps.quantization import Quantization
 
 # Widths of the hidden layers. "paper" keeps the paper's layer counts with the latent size that
-# detects best; "fast" is narrower; "network-b" is the wide network that benchmarks compare on.
+# detects best; "fast" is narrower; "network-b" is "paper" with a larger latent, for benchmarks.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"latent": 16, "encoder": (32, 64, 128), "decoder": (256, 128, 64, 32, 16, 16)},
     "fast": {"latent": 16, "encoder": (16, 32, 64), "decoder": (96, 64, 32, 16, 8, 8)},

@@ -44,6 +44,7 @@ class TilePatches(nn.Module):
         self.flatten = flatten
 
     def forward(self, frames: Tensor) -> Tensor:
+        """The patches of `frames`, shaped as above."""
         patches = ops.tile_patches(
             frames,
             self.patch_size,
@@ -80,6 +81,7 @@ class PerturbLatent(nn.Module):
         self.strength = strength
 
     def forward(self, latent: Tensor, perturbation: Tensor) -> tuple[Tensor, Tensor]:
+        """The perturbed latent and the perturbation's energy."""
         return ops.perturb_latent(latent, perturbation, self.strength)
 
     def extra_repr(self) -> str:
@@ -108,6 +110,7 @@ class PerSampleMSE(nn.Module):
         self.sigmoid, self.paired = sigmoid, paired
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
+        """The errors of `reconstruction` (or logits) against `target`."""
         if self.sigmoid and self.paired:
             return ops.paired_sigmoid_mse(reconstruction, target)
         if self.sigmoid:

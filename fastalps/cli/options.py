@@ -62,7 +62,8 @@ class ModelOptions:
     """The model.
 
     Attributes:
-        preset: paper (the paper's layer counts), fast (narrower) or network-b (wider).
+        preset: paper, fast (about half of its widths) or network-b (paper with a latent of 256, for
+            benchmarks).
         latent: size of the latent vector; null = the preset's.
         encoder: widths of the first three convolutions, such as [32,64,128]; null = the preset's.
         distorter: the same of the distorter; null = as the encoder.

@@ -35,7 +35,7 @@ class TrainConfig:
             to grow.
         amp: automatic mixed precision: off, bf16, or fp16 (CUDA only).
         cuda_graphs: whole steps as CUDA graphs: auto (where the device is CUDA), on, off.
-        compile: torch.compile the networks.
+        compile: torch.compile the encoder and decoder in the autoencoder's step.
         channels_last: memory format of images and weights.
         protocol: paper (validation with anomalies picks epoch and score kind) or strict (no anomaly
             is seen before test).
