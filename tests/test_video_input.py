@@ -340,6 +340,23 @@ def test_a_stream_that_dies_keeps_the_scores_before(tmp_path, capsys, gray_run) 
     assert not (out / "scores.csv").exists()
 
 
+@pytest.mark.parametrize(
+    ("suffix", "codec"), [(".mkv", "mjpeg"), (".webm", "libvpx"), (".avi", "mjpeg")]
+)
+def test_a_file_cut_short_is_told(tmp_path, capsys, gray_run, suffix: str, codec: str) -> None:
+    whole = write(tmp_path / f"a{suffix}", scene(80), codec)
+    content = whole.read_bytes()
+    with VideoReader(whole) as video:
+        assert sum(len(part) for part, _ in video) == 80
+    cut = tmp_path / f"cut{suffix}"
+    cut.write_bytes(content[: len(content) * 2 // 3])
+    out = tmp_path / "out"
+    assert score.main([str(gray_run), str(cut), "--out", str(out)]) == 2
+    assert "broke off after" in error_of(capsys)
+    assert 20 < len(rows_of(out / "scores.partial.csv")) < 80
+    assert not (out / "scores.csv").exists()
+
+
 def test_damaged_packets_are_skipped_and_counted(tmp_path, caplog) -> None:
     path = write(tmp_path / "a.avi", scene(), "mjpeg")
     content = path.read_bytes()

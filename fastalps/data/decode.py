@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from fastalps.errors import UserError
+from fastalps.scalars import is_whole
 
 Pixels = npt.NDArray[np.uint8]
 Item = TypeVar("Item")
@@ -53,7 +54,7 @@ def worker_count(workers: int | None) -> int:
         if hasattr(os, "sched_getaffinity"):
             return len(os.sched_getaffinity(0))
         return os.cpu_count() or 1
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+    if not is_whole(workers):
         raise UserError(f"workers must be a positive number of threads or None, got {workers!r}")
     return workers
 

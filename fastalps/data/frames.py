@@ -22,6 +22,7 @@ from fastalps.data.decode import (
 )
 from fastalps.data.listing import list_frames, list_images, require_folder
 from fastalps.errors import UserError
+from fastalps.scalars import is_whole
 from fastalps.stage_times import DECODE, StageTimes
 
 # Enough waiting results to keep every thread busy while the consumer stores one.
@@ -86,7 +87,7 @@ def iter_frames(
     Raises:
         UserError: as `read_frames`; about the folder at once, about a frame when it is reached.
     """
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+    if not is_whole(chunk):
         raise UserError(f"chunk must be a positive number of frames, got {chunk!r}")
     threads = worker_count(workers)
     paths = list_frames(require_folder(path, "frames"))
@@ -213,7 +214,7 @@ def decode_images(
 def _image_size(size: int | Sequence[int] | None) -> tuple[int, int] | None:
     if size is None:
         return None
-    pair = [size, size] if isinstance(size, int) else list(size)
-    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in pair):
+    pair = list(size) if isinstance(size, Sequence) else [size, size]
+    if len(pair) != 2 or not all(is_whole(side) for side in pair):
         raise UserError(f"the image size must be a positive number or (H, W), got {size!r}")
-    return pair[0], pair[1]
+    return int(pair[0]), int(pair[1])

@@ -45,7 +45,7 @@ def moving_patches(
 
     Source: ALPS, section IV: in training "only pedestrians are included in the patches".
     """
-    patch = pair(patch_size)
+    patch = pair(patch_size, "patch_size")
     parts = [torch.empty(0, 1, *patch, dtype=torch.uint8)]
     for clip in clips:
         frames = clip.frames

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastalps.data.containers import OneClassData
 from fastalps.data.decode import Pixels
 from fastalps.errors import UserError
+from fastalps.scalars import is_whole
 
 PROTOCOLS = ("paper", "strict")
 VALIDATION_LIMIT = 150
@@ -39,7 +40,7 @@ def check_protocol(protocol: str) -> None:
 
 def random_state(seed: int) -> np.random.RandomState:
     """Numpy's frozen generator: the same split for a seed under every numpy version."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+    if not is_whole(seed, 0) or seed >= 2**32:
         raise UserError(f"seed must be a whole number from 0 to 2**32 - 1, got {seed!r}")
     return np.random.RandomState(seed)
 

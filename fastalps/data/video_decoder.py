@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastalps.data.decode import Pixels, SourceError
-from fastalps.data.video_source import check_file, is_device, is_url, shown
+from fastalps.data.video_source import announced_bytes, check_file, is_device, is_url, shown
 from fastalps.errors import UserError
 from fastalps.stage_times import DECODE, StageTimes
 
@@ -179,6 +179,9 @@ class VideoDecoder:
             return
         if not self._decoded:
             raise SourceError(f"{self.source} has no frame that can be decoded; it is damaged")
+        announced = None if is_url(self._address) else announced_bytes(Path(self._address))
+        if announced is not None and Path(self._address).stat().st_size < announced:
+            raise self._cut_short("")
         stream = self._stream()
         missing = self.expected - self._decoded
         if missing <= 0 or stream.duration is None or self._last_time is None:
@@ -187,10 +190,13 @@ class VideoDecoder:
         length = float(stream.duration * stream.time_base)
         rest = length - self._last_time - (1 / self.frame_rate if self.frame_rate else 0)
         if rest > 0.01 * length:
-            raise SourceError(
-                f"{self.source} broke off after {self._decoded} of {self.expected} frames; it is "
-                "cut short or damaged; the frames before are kept"
-            )
+            raise self._cut_short(f" of {self.expected}")
+
+    def _cut_short(self, of: str) -> SourceError:
+        return SourceError(
+            f"{self.source} broke off after {self._decoded}{of} frames; it is cut short or "
+            "damaged; the frames before are kept"
+        )
 
     def _connect_again(self, reason: str, attempts: int) -> int | None:
         """Connects to a live source that was lost; attempts so far, or None when told to stop."""

@@ -45,3 +45,22 @@ def check_file(path: Path) -> None:
         raise SourceError(f"cannot read {path}: {error.strerror}") from error
     if stat.S_ISREG(status.st_mode) and status.st_size == 0:
         raise SourceError(f"{path} is empty; it holds no video")
+
+
+def announced_bytes(path: Path) -> int | None:
+    """How long a Matroska or WebM file is by its own header; None for others, and where it does
+    not say: a recorder that could not go back leaves it open.
+
+    Source: RFC 8794 (EBML), section 6: elements are an identifier, a size and that many bytes.
+    """
+    with path.open("rb") as file:
+        head = file.read(4096)
+    at = 0
+    for identifier in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):  # The header, the segment.
+        if head[at : at + 4] != identifier or len(head) < at + 12:
+            return None
+        length = 9 - head[at + 4].bit_length()
+        size = int.from_bytes(head[at + 4 : at + 4 + length], "big") - (1 << 7 * length)
+        start = at + 4 + length
+        at = start + size
+    return None if size == (1 << 7 * length) - 1 else at
