@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastalps.calibration import order_statistic
 from fastalps.checkpoint import UNITS, Calibration
+from fastalps.scalars import is_whole
 
 # The quantiles that are watched. Not the far ones: a few anomalies are no drift.
 WATCHED = (0.1, 0.5, 0.9)
@@ -110,7 +111,7 @@ class DriftMonitor:
         self._quantiles = [(probability, stored[probability]) for probability in WATCHED]
         if window is None:
             window = math.ceil(INDEPENDENT_SCORES * calibration.correlation)
-        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        if not is_whole(window):
             raise ValueError(f"window must be a number of scores from 1 up, got {window!r}")
         self.window = window
         self.smallest = self._smallest()

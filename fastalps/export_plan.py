@@ -63,7 +63,7 @@ class Plan:
         self.model = model
         self.score = score
         self.pixels = pixels
-        self.frame_size = None if frame_size is None else pair(frame_size)
+        self.frame_size = None if frame_size is None else pair(frame_size, "frame_size")
         self.output = "scores" if frame_size is None else "patch_scores"
         self.gate_threshold: float | None = None
         if self.frame_size is None:

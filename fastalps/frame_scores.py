@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastalps import ops
+from fastalps.scalars import is_whole
 
 FRAME_REDUCES = ("max", "mean", "topk")
 
@@ -17,7 +18,7 @@ def check_frame_reduce(reduce: str, top_k: int) -> None:
     """Raises ValueError for an unknown reduction or a top_k below 1."""
     if reduce not in FRAME_REDUCES:
         raise ValueError(f"frame_reduce must be one of {', '.join(FRAME_REDUCES)}, got {reduce!r}")
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+    if not is_whole(top_k):
         raise ValueError(f"top_k must be a number of patches from 1 up, got {top_k!r}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,12 @@ def is_array(value: object) -> bool:
     return isinstance(value, (Tensor, np.ndarray))
 
 
-def pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) from one int for both, or from two."""
-    if isinstance(size, int):
-        return size, size
-    height, width = size
-    return int(height), int(width)
+def pair(size: int | Sequence[int], name: str = "size") -> tuple[int, int]:
+    """(height, width) from one int for both, or from two; ValueError for anything else."""
+    sides = list(size) if isinstance(size, Iterable) else [size, size]
+    if len(sides) != 2 or not all(isinstance(side, (int, np.integer)) for side in sides):
+        raise ValueError(f"{name}: expected a number of pixels or a pair of them, got {size!r}")
+    return int(sides[0]), int(sides[1])
 
 
 def by(size: Sequence[int]) -> str:
@@ -41,7 +41,8 @@ def home(values: Pixels) -> torch.device:
 
 def unit_pixels(pixels: Tensor) -> Tensor:
     """Pixels as float32 in [0, 1]."""
-    return pixels / 255 if pixels.dtype == torch.uint8 else pixels.to(torch.float32)
+    floats = pixels.to(torch.float32)
+    return floats.div_(255) if pixels.dtype == torch.uint8 else floats
 
 
 def to_tensor(values: Pixels) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalps import ops
+from fastalps.scalars import is_whole, plain
 from fastalps.smoothing import check_size, reconstruction_errors
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ class ModelConfig:
     smoothing: int = 1
 
     def __post_init__(self) -> None:
+        for option in dataclasses.fields(self):
+            object.__setattr__(self, option.name, plain(getattr(self, option.name)))
         _check_whole("image_size", self.image_size, 2, SMALLEST_IMAGE)
         _check_whole("channels", (self.channels,), 1, 1)
         _check_whole("latent", (self.latent,), 1, 1)
@@ -130,10 +133,7 @@ class ModelConfig:
 
 
 def _check_whole(name: str, values: Sequence[int], count: int, smallest: int) -> None:
-    fits = len(values) == count and all(
-        isinstance(value, int) and not isinstance(value, bool) and value >= smallest
-        for value in values
-    )
+    fits = len(values) == count and all(is_whole(value, smallest) for value in values)
     if not fits:
         what = "an integer" if count == 1 else f"{count} integers"
         raise ValueError(f"{name}: expected {what} of at least {smallest}, got {tuple(values)}")
@@ -154,7 +154,7 @@ def model_config(
         TypeError: unknown field.
     """
     _check_choice("preset", preset, tuple(PRESETS))
-    size: Any = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    size: Any = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
     fields: dict[str, Any] = {**PRESETS[preset], **overrides}
     fields.setdefault("distorter", fields["encoder"])
     known = {field.name for field in dataclasses.fields(ModelConfig)}

@@ -38,8 +38,8 @@ class TilePatches(nn.Module):
         flatten: bool = False,
     ) -> None:
         super().__init__()
-        self.patch_size = pair(patch_size)
-        self.stride = self.patch_size if stride is None else pair(stride)
+        self.patch_size = pair(patch_size, "patch_size")
+        self.stride = self.patch_size if stride is None else pair(stride, "stride")
         self.edge, self.dtype, self.scale, self.shift = edge, dtype, scale, shift
         self.flatten = flatten
 
@@ -59,7 +59,12 @@ class TilePatches(nn.Module):
     def fold(self, scores: Tensor, frame_size: Sequence[int], reduce: str = "mean") -> Tensor:
         """Scores of these patches, (N, P), back to heatmaps (N, H, W): `ops.fold_scores`."""
         return ops.fold_scores(
-            scores, pair(frame_size), self.patch_size, self.stride, edge=self.edge, reduce=reduce
+            scores,
+            pair(frame_size, "frame_size"),
+            self.patch_size,
+            self.stride,
+            edge=self.edge,
+            reduce=reduce,
         )
 
     def extra_repr(self) -> str:

@@ -16,6 +16,7 @@ from fastalps import metrics, ops
 from fastalps.chunks import plan_chunks
 from fastalps.frame_scores import FRAME_REDUCES, FrameScores, check_frame_reduce, reduce_patches
 from fastalps.inputs import is_array, pair, to_tensor
+from fastalps.scalars import is_whole
 
 if TYPE_CHECKING:
     from fastalps.data import Clip
@@ -96,7 +97,7 @@ def patch_labels(
         raise ValueError(f"masks must be (N, H, W), got shape {tuple(masks.shape)}")
     if not 0 <= overlap < 1:
         raise ValueError(f"overlap must be from 0 to 1 (exclusive), got {overlap}")
-    patch = pair(patch_size)
+    patch = pair(patch_size, "patch_size")
     plan = plan_chunks(tuple(masks.shape[1:]), patch, stride, edge)
     labels = torch.empty(len(masks), plan.patches, dtype=torch.int8)
     area = patch[0] * patch[1]
@@ -165,8 +166,8 @@ def evaluate_video(
     for reduce in frame_reduces:
         check_frame_reduce(reduce, top_k)
     _check_window(smooth)
-    patch = pair(patch_size)
-    step = patch if stride is None else pair(stride)
+    patch = pair(patch_size, "patch_size")
+    step = patch if stride is None else pair(stride, "stride")
     patches, gates = _clip_patches(clip_scores, clips, kept, (patch, step, edge))
     result: dict[str, Any] = {
         "rules": {
@@ -254,7 +255,7 @@ def motion_baseline(
     Returns:
         for each clip, (T, P) float32; zeros for a clip of one frame.
     """
-    patch = pair(patch_size)
+    patch = pair(patch_size, "patch_size")
     results = []
     for clip in clips:
         frames = clip.frames
@@ -350,5 +351,5 @@ def _groups(curves: Sequence[Tensor], per_clip: bool, smooth: int) -> dict[str, 
 
 
 def _check_window(window: int) -> None:
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1 or window % 2 == 0:
+    if not is_whole(window) or window % 2 == 0:
         raise ValueError(f"smooth must be an odd number of frames from 1 up, got {window!r}")

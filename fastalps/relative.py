@@ -74,7 +74,7 @@ def patch_energies(
             f"frames must be (N, H, W) of the background's size {tuple(background.shape)}, "
             f"got {tuple(frames.shape)}"
         )
-    patch = pair(patch_size)
+    patch = pair(patch_size, "patch_size")
     plan = plan_chunks(tuple(background.shape), patch, stride, edge)
     result = torch.empty(len(frames), plan.patches)
     for part, band in plan.pieces(len(frames)):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastalps import ops
+from fastalps.scalars import is_whole
 
 # Chosen without a test label, on training images of all classes of MNIST and Fashion-MNIST:
 # docs/quality.md compares 3 to 9, and other filters.
@@ -24,7 +25,7 @@ LARGEST = 31
 
 def check_size(name: str, size: int) -> None:
     """Raises ValueError unless `size` is the side of a neighbourhood."""
-    if not isinstance(size, int) or isinstance(size, bool) or size not in range(1, LARGEST + 1, 2):
+    if not is_whole(size) or size not in range(1, LARGEST + 1, 2):
         raise ValueError(f"{name}: expected an odd number from 1 to {LARGEST}, got {size!r}")
 
 

@@ -112,7 +112,11 @@ def test_pipeline_search_and_clone(digits) -> None:
     shuffled = np.random.default_rng(0).permutation(80)
     pipeline = make_pipeline(StandardScaler(), quick())
     search = GridSearchCV(
-        pipeline, {"alpsdetector__latent": [2, 4]}, scoring="roc_auc", cv=2, error_score="raise"
+        pipeline,
+        {"alpsdetector__latent": np.arange(2, 6, 2), "alpsdetector__epochs": np.array([1])},
+        scoring="roc_auc",
+        cv=2,
+        error_score="raise",
     )
     search.fit(rows[shuffled], labels[shuffled])
     assert search.best_params_["alpsdetector__latent"] in (2, 4)

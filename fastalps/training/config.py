@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from fastalps.scalars import is_whole, plain
 
 CHOICES = {
     "amp": ("off", "bf16", "fp16"),
@@ -77,6 +79,8 @@ class TrainConfig:
     checkpoint_every: int = 1
 
     def __post_init__(self) -> None:
+        for option in fields(self):
+            object.__setattr__(self, option.name, plain(getattr(self, option.name)))
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
@@ -107,7 +111,7 @@ class TrainConfig:
 
     def _at_least(self, name: str, smallest: int) -> None:
         value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
+        if not is_whole(value, smallest):
             raise ValueError(f"{name}: expected an integer of at least {smallest}, got {value!r}")
 
     def selection(self) -> str:
