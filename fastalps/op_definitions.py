@@ -201,8 +201,23 @@ def _squared_error_gradient(suffix: str, sigmoid: bool):
     return setup, backward
 
 
+def _no_gradient(name: str):
+    def setup(ctx, inputs, output):
+        pass
+
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"fastalps::{name} has no gradient, so a second derivative is not to be had; compute "
+            f"with the function of fastalps.reference in place of the op"
+        )
+
+    return setup, backward
+
+
 def gradient(name: str, suffix: str = ""):
     """(setup_context, backward) of the op `name` for its implementation `suffix`, or None."""
+    if name.endswith("_backward"):
+        return _no_gradient(name + suffix)
     if name == "tile_patches":
         return _tile_patches_gradient(suffix)
     if name == "fold_scores":

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from fastalps import backends, reference
 from fastalps.op_definitions import patch_counts
+from fastalps.scalars import plain
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -22,6 +23,7 @@ FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 def _pair_of(name: str, value: int | Sequence[int], smallest: int) -> tuple[int, int]:
     """`value` as (rows, columns), each at least `smallest`."""
+    value = plain(value)
     if isinstance(value, int | torch.SymInt):
         pair: Any = (value, value)
     else:
@@ -102,6 +104,8 @@ def _require_same_device(first: str, a: Tensor, second: str, b: Tensor) -> None:
 
 
 def _call(name: str, device: torch.device, *arguments: Any) -> Any:
+    if not torch.compiler.is_compiling() and _transformed():
+        return getattr(reference, name)(*arguments)
     run = backends.implementation(name, device.type)
     if _differentiates(arguments):
         return run(*arguments)
@@ -110,13 +114,20 @@ def _call(name: str, device: torch.device, *arguments: Any) -> Any:
         return run(*arguments)
 
 
+def _transformed() -> bool:
+    """Whether gradients are asked for that custom ops do not know: in forward mode, where tangents
+    would be lost without a word, or by torch.func."""
+    if forward_ad._current_level >= 0:
+        return True
+    if torch._C._functorch.maybe_current_level() is None:
+        return False
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Grad for level in levels)
+
+
 def _differentiates(arguments: Sequence[Any]) -> bool:
     """Whether a gradient may be asked for, or a tracer or a transform must see the call whole."""
-    if (
-        torch.compiler.is_compiling()
-        or forward_ad._current_level >= 0
-        or torch._C._functorch.maybe_current_level() is not None
-    ):
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
         return True
     return torch.is_grad_enabled() and any(
         isinstance(value, Tensor) and value.requires_grad for value in arguments

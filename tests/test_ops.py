@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -230,3 +231,42 @@ def test_backend_that_cannot_run_says_why() -> None:
         ):
             ops.per_sample_mse(torch.zeros(1, 1), torch.zeros(1, 1))
     assert backends.requested() == "auto"
+
+
+TRANSFORMED = [
+    lambda x: ops.sigmoid_mse(x, torch.full_like(x, 0.5)),
+    lambda x: ops.perturb_latent(x, 0.3 * x.square(), 0.5)[0].sum(1) + 1,
+    lambda x: ops.tile_patches(x.unflatten(1, (4, 6)), (2, 3)).square().sum((1, 2, 3, 4)),
+    lambda x: ops.fold_scores(x, (8, 12), 2).square().sum((1, 2)),
+]
+
+
+@pytest.mark.parametrize("function", TRANSFORMED)
+def test_forward_mode_and_transforms_have_gradients(function, rng: torch.Generator) -> None:
+    values, tangent = torch.randn(2, 3, 24, generator=rng)
+    wanted = values.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(wanted).sum(), wanted)
+    torch.testing.assert_close(torch.func.grad(lambda x: function(x).sum())(values), gradient)
+    _, found = torch.func.jvp(function, (values,), (tangent,))
+    torch.testing.assert_close(found, (gradient * tangent).sum(1), rtol=1e-4, atol=1e-5)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(values, tangent)
+        found = torch.autograd.forward_ad.unpack_dual(function(dual)).tangent
+    torch.testing.assert_close(found, (gradient * tangent).sum(1), rtol=1e-4, atol=1e-5)
+    hessian = torch.func.hessian(lambda x: function(x[None]).sum())(values[0])
+    assert hessian.shape == (24, 24) and hessian.abs().max() > 0
+
+
+def test_second_derivatives_are_refused_rather_than_lost(rng: torch.Generator) -> None:
+    values = torch.randn(2, 5, generator=rng, requires_grad=True)
+    loss = ops.sigmoid_mse(values, torch.zeros(2, 5)).sum()
+    (gradient,) = torch.autograd.grad(loss, values, create_graph=True)
+    with pytest.raises(RuntimeError, match="a second derivative is not to be had; compute with"):
+        (loss + gradient.square().sum()).backward()
+
+
+def test_sizes_may_be_numpys() -> None:
+    frames = torch.zeros(1, 8, 12)
+    expected = ops.tile_patches(frames, (4, 6), 2)
+    sizes = np.array([4, 6, 2])
+    assert torch.equal(ops.tile_patches(frames, tuple(sizes[:2]), sizes[2]), expected)
