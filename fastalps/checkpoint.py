@@ -213,18 +213,22 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> AL
         The model, in eval mode, its `calibration` and `quantization` set where the file has them.
 
     Raises:
-        UserError: no such file, another kind of file, or one that was cut short or altered.
+        UserError: no such file, another kind of file, one that was cut short or altered, or weights
+            that are not finite.
     """
     tensors, metadata = read_tensors(path, FORMAT)
     config = parse_config(path, metadata.get("config"))
     with torch.device("meta"):
         # Without memory first: a forged configuration must not allocate what the file lacks.
-        model = ALPS.from_config(config)
+        model = ALPS.from_config(config).float()
     tensors = {
         name: tensor.float() if tensor.dtype in STORED else tensor
         for name, tensor in tensors.items()
     }
     check_state(path, model.state_dict(), tensors)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: tensor {name} is not finite; train the model again")
     model.load_state_dict(tensors, assign=True)
     if "calibration" in metadata:
         try:

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from fastalps.checkpoint import SCORE_KINDS
+from fastalps.environment import find_device
 from fastalps.inputs import by, pair
 from fastalps.models import ALPS, SMALLEST_IMAGE, model_config
 from fastalps.scoring import Scorer
 from fastalps.training import TrainConfig, Trainer
-from fastalps.training.trainer import choose_device
 
 Array = np.ndarray[Any, Any]
 
@@ -241,7 +241,7 @@ class Detector:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             options = model_config((height, width), channels, config.preset, **overrides)
-            model = ALPS.from_config(options)
+            model = ALPS.from_config(options).float()  # Whatever torch's default dtype is.
             Trainer(training, progress=False).fit(model, self.layout.pixels(rows))
         self.model = model
         self._scorer: Scorer | None = None
@@ -261,7 +261,7 @@ class Detector:
                 f"X must have images of {by(self.layout.shape)} (channels x height x width), as "
                 f"when fitted, got {by(shape)}"
             )
-        place = choose_device(TrainConfig(device=device))
+        place = find_device(device)
         if self._scorer is None or self._scorer.device != place:
             # bf16 would round scores to a hundredth: too coarse to rank close ones.
             self._scorer = Scorer(self.model, self.score_kind, "fp32", device=place)

@@ -58,6 +58,26 @@ def cpu_features() -> dict[str, bool]:
     return {name: bool(capabilities.get(theirs)) for name, theirs in _FEATURES.items()}
 
 
+def find_device(name: torch.device | str) -> torch.device:
+    """A device by its name; "auto" = a CUDA device where there is one, else the CPU.
+
+    Raises ValueError for another kind of device, and for one that is not here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu or cuda[:n], got {str(name)!r}")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if not torch.cuda.is_available() or (device.index or 0) >= count:
+            raise ValueError(f"device: {name} is not here ({count} CUDA devices); use cpu or auto")
+    return device
+
+
 def has_fast_bfloat16(device: torch.device | str) -> bool:
     """Whether the device multiplies bfloat16 in hardware, not by conversion to float32."""
     device = torch.device(device)

@@ -36,9 +36,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside `path`; renames it to `path` on success, removes it otherwise.
 
     The temporary name keeps the suffix, since writers choose the format by it. Raises UserError
-    when the disk is full, read-only or the folder does not exist.
+    when the disk is full, read-only or the folder does not exist, and for a name that is taken by
+    anything but a file: a device would be replaced.
     """
     target = Path(path)
+    if target.exists() and not target.is_file():
+        raise UserError(f"cannot write {target}: it is no ordinary file; give another name")
     try:
         handle, name = tempfile.mkstemp(
             dir=target.parent, prefix=f".{target.stem}.", suffix=target.suffix
@@ -67,7 +70,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes `text` (UTF-8) to `path` atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # Names of files may hold bytes that are no UTF-8: they are escaped.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastalps import ops
 from fastalps.checkpoint import SCORE_KINDS
 from fastalps.chunks import PATCH_BYTES
+from fastalps.environment import find_device
 from fastalps.frame_pipeline import FramePipeline
 from fastalps.frame_scores import FrameScores, check_frame_reduce
 from fastalps.gate import MotionGate
@@ -30,6 +31,7 @@ from fastalps.layers import default_batch_size
 from fastalps.models import ALPS, Scores
 from fastalps.networks import Networks, choose_precision
 from fastalps.passes import Passes, passes_for, pick
+from fastalps.scalars import is_whole
 from fastalps.stage_times import StageTimes
 from fastalps.streaming import Stagings
 
@@ -105,13 +107,13 @@ class Scorer:
         self.score = score
         self.image_size = pair(model.config.image_size)
         self.channels = model.config.channels
-        self.patch_size = self.image_size if patch_size is None else pair(patch_size)
+        self.patch_size = self.image_size if patch_size is None else pair(patch_size, "patch_size")
         if self.patch_size != self.image_size:
             raise ValueError(
                 f"patch_size must be the model's image size {by(self.image_size)}, "
                 f"got {by(self.patch_size)}; train a model for that size"
             )
-        self.stride = self.patch_size if stride is None else pair(stride)
+        self.stride = self.patch_size if stride is None else pair(stride, "stride")
         self.edge = edge
         # Checks stride and edge now rather than at the first frame.
         ops.patch_grid(self.patch_size, self.patch_size, self.stride, edge)
@@ -125,13 +127,11 @@ class Scorer:
         self.gate = gate
         self.frame_reduce = frame_reduce
         self.top_k = top_k
-        self.device = torch.device(next(model.parameters()).device if device is None else device)
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device {self.device} is not there: torch finds no CUDA; use 'cpu'")
+        self.device = find_device(next(model.parameters()).device if device is None else device)
         self.precision = choose_precision(model, self.device, precision)
         if batch_size is None:
             batch_size = default_batch_size(self.image_size, self.device)
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        if not is_whole(batch_size):
             raise ValueError(f"batch_size must be a number of images from 1 up, got {batch_size!r}")
         self.batch_size = batch_size
         self._stagings = Stagings(self.device) if self.device.type == "cuda" else None

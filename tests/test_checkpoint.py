@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 import fastalps
-from fastalps import Calibration
+from fastalps import ALPS, Calibration
 from fastalps.checkpoint import read_tensors
+from fastalps.errors import UserError
 
 CALIBRATION = Calibration(0.0125, "average", "frame", 0.05, 300, {"stride": [30, 30]})
 
@@ -153,3 +154,30 @@ def test_wrong_calibration(fields, message) -> None:
     }
     with pytest.raises(ValueError, match=message):
         Calibration(**{**good, **fields})
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path) -> None:
+    model = ALPS(8, preset="fast")
+    with torch.no_grad():
+        model.decoder.dense.weight[0, 0] = torch.nan
+    fastalps.save(model, tmp_path / "nan.safetensors")
+    with pytest.raises(UserError, match=r"tensor decoder\.dense\.weight is not finite; train"):
+        fastalps.load(tmp_path / "nan.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:this processor has no bf16", "ignore:this cpu has no bf16")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_default_dtype_changes_nothing(tmp_path, rng, dtype: torch.dtype) -> None:
+    images = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8, generator=rng)
+    model = ALPS(8, preset="fast").eval()
+    fastalps.save(model, tmp_path / "model.safetensors")
+    expected = [fastalps.Scorer(model, precision=p).score_images(images) for p in ("fp32", "bf16")]
+    torch.set_default_dtype(dtype)
+    try:
+        loaded = fastalps.load(tmp_path / "model.safetensors")
+        found = [
+            fastalps.Scorer(loaded, precision=p).score_images(images) for p in ("fp32", "bf16")
+        ]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, expected))

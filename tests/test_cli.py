@@ -18,7 +18,7 @@ from PIL import Image
 
 import fastalps
 from fastalps import metrics
-from fastalps.cli import command, demo, score, train
+from fastalps.cli import command, demo, export, score, train
 from fastalps.training.trainer import CHECKPOINT
 from tests.test_data_images import bytes_of, save
 
@@ -94,6 +94,33 @@ def test_a_run_is_never_overwritten(run, capsys) -> None:
     assert train.main([*DIGITS, "--out", str(run)]) == 2
     assert "already holds a run" in one_line(capsys)
     assert (run / "metrics.json").read_bytes() == before
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_starts_again(run, tmp_path, capsys) -> None:
+    folder = tmp_path / "begun"
+    folder.mkdir()
+    (folder / "config.yaml").write_text((run / "config.yaml").read_text())
+    assert train.main([*DIGITS, "--resume", "--out", str(folder)]) == 2
+    assert "leave --resume out" in one_line(capsys)
+    assert train.main([*DIGITS, "--out", str(folder)]) == 0
+    assert (folder / "scores.csv").read_text() == (run / "scores.csv").read_text()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
+def test_interrupt_while_importing_ends_with_130(tmp_path) -> None:
+    (tmp_path / "torch.py").write_text("import time\nprint(flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from fastalps.cli import entry; exit(entry.score())"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout is not None and process.stdout.readline() == "\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and said == "fastalps-score: stopped\n"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
@@ -207,6 +234,44 @@ def test_bad_training(tmp_path, monkeypatch, capsys, arguments, message) -> None
     assert train.main([*arguments, "--out", "run"]) == 2
     assert message in one_line(capsys)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--print-config", "--print_config", "--print-config="])
+def test_print_config(capsys, flag: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train.main([*DIGITS, flag])
+    assert stop.value.code == 0
+    assert "latent: 4\n" in capsys.readouterr().out
+
+
+def test_names_of_files_are_no_formulas_and_any_bytes(run, tmp_path, rng) -> None:
+    names = ["a$_$b.png", "$\\bad$.png", os.fsdecode(b"caf\xe9.png")]
+    folder = tmp_path / "in $_$"
+    folder.mkdir()
+    for name in names:
+        try:
+            save(folder / name, bytes_of((8, 8), rng))
+        except OSError:  # A file system that wants UTF-8.
+            names.remove(name)
+    out = tmp_path / "out"
+    assert score.main([str(run), str(folder), "--out", str(out)]) == 0
+    written = {row["image"] for row in rows_of(out / "scores.csv")}
+    assert {"a$_$b.png", "$\\bad$.png"} <= written and len(written) == len(names)
+
+
+def test_only_files_are_replaced(run, tmp_path, capsys) -> None:
+    fifo = tmp_path / "out.pt2"
+    os.mkfifo(fifo)
+    assert export.main([str(run), "--format", "pt2", "--out", str(fifo)]) == 2
+    assert "it is no ordinary file; give another name" in one_line(capsys)
+    assert fifo.is_fifo()
+
+
+def test_unknown_devices(run, tmp_path, capsys) -> None:
+    for name in ("gpu", "mps", "cuda:x"):
+        arguments = [str(run), str(tmp_path), "--out", str(tmp_path / "out"), "--device", name]
+        assert score.main(arguments) == 2
+        assert f"expected auto, cpu or cuda[:n], got '{name}'" in one_line(capsys)
 
 
 def test_no_output_folder(tmp_path, capsys) -> None:

@@ -506,3 +506,15 @@ def test_damaged_plans_are_refused(precision: str) -> None:
         except RuntimeError:
             refused += 1
     assert refused > 100
+
+
+@needs_library
+def test_int8_refuses_weights_that_are_not_finite(trained) -> None:
+    model, data = trained
+    model = copy.deepcopy(model)
+    model.quantization = quantize(model, data.train)
+    with torch.no_grad():
+        model.decoder.dense.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="int8 needs finite weights; train the model again"):
+        Scorer(model, precision="int8")
+    assert Scorer(model, precision="fp32").score_images(data.train[:3]).isnan().all()

@@ -373,8 +373,11 @@ def test_models_and_devices_that_are_not_there_are_refused(model: ALPS) -> None:
     with pytest.raises(TypeError, match=r"model must be an ALPS, got str; fastalps\.load one"):
         Scorer("model.safetensors")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match=r"device cuda is not there.* use 'cpu'"):
+        with pytest.raises(ValueError, match=r"device: cuda is not here .* use cpu or auto"):
             Scorer(model, device="cuda")
+    for name in ("gpu", "meta", "cuda:x", ""):
+        with pytest.raises(ValueError, match=r"device: expected auto, cpu or cuda\[:n\], got"):
+            Scorer(model, device=name)
 
 
 @pytest.mark.parametrize("perturbation", ["noise", "none"])
@@ -601,3 +604,13 @@ def test_frames_on_cuda(rng: torch.Generator) -> None:
         assert found.patches.device == values.device
         torch.testing.assert_close(found.patches.cpu(), expected.patches, rtol=1e-4, atol=1e-6)
         assert torch.equal(found.kept.cpu(), expected.kept)
+
+
+def test_sizes_are_whole_numbers_of_any_kind(model: ALPS) -> None:
+    scorer = Scorer(model, stride=np.int64(3), batch_size=np.int32(7), top_k=np.int16(2))
+    assert scorer.stride == (3, 3)
+    with pytest.raises(ValueError, match=r"stride: expected a number of pixels or a pair"):
+        Scorer(model, stride=(7.9, 7.9))
+    config = ALPS(np.int64(8), latent=np.int64(4), encoder=list(np.array([4, 4, 4]))).config
+    assert config == ALPS(8, latent=4, encoder=[4, 4, 4]).config
+    assert all(type(value) is int for value in (config.latent, *config.encoder))

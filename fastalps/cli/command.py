@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -10,13 +11,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from fastalps.cli.entry import INTERRUPTED
 from fastalps.errors import BackendUnavailable, UserError
 from fastalps.files import discard_output
 
 USAGE_ERROR = 2
-# As shells count it: 128 plus the number of the signal.
-INTERRUPTED = 130
-
 OUT_OF_MEMORY = "the device has too little memory; lower batch_size"
 
 
@@ -40,6 +39,10 @@ def run(name: str, body: Callable[[Sequence[str]], None], arguments: Sequence[st
         body: takes the arguments; raises to fail.
         arguments: None = the process's own.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Names of files may hold bytes that the terminal's encoding has no characters for.
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format=f"{name}: %(message)s")
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: _say(name, f"warning: {message}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,12 @@ def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=110, layout="constrained")
+
+
+def _shown(name: str) -> str:
+    """A name of a file or data set as text of a picture: no formula, however many $ it has, and no
+    bytes that are no UTF-8."""
+    return os.fsencode(name).decode("utf-8", "replace").replace("$", r"\$")
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -104,10 +111,10 @@ def roc(path: Path, curves: Mapping[str, tuple[Tensor, Tensor]], title: str) -> 
             curve.false_positive_rate,
             curve.true_positive_rate,
             color=colour,
-            label=f"{name}: AUROC {100 * area:.2f}%, EER {100 * equal:.1f}%",
+            label=f"{_shown(name)}: AUROC {100 * area:.2f}%, EER {100 * equal:.1f}%",
         )
     axes.plot([0, 1], [0, 1], color="black", alpha=0.3, linestyle="--", label="chance")
-    axes.set(xlabel="false-positive rate", ylabel="true-positive rate", title=title)
+    axes.set(xlabel="false-positive rate", ylabel="true-positive rate", title=_shown(title))
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     _tidy(axes)
     _save(figure, path)
@@ -141,7 +148,7 @@ def histogram(
         label=f"threshold {calibration.threshold:.4g}",
     )
     axes.set(xlabel="mean squared error (the last bin holds all above)", ylabel="density")
-    axes.set_title(title)
+    axes.set_title(_shown(title))
     axes.legend(frameon=False, fontsize=8)
     _tidy(axes)
     _save(figure, path)
@@ -185,7 +192,7 @@ def reconstructions(path: Path, model: ALPS, images: Tensor, labels: Tensor) -> 
             axes.set(xticks=[], yticks=[])
             for spine in axes.spines.values():
                 spine.set_color(ANOMALOUS if labels[i] else NORMAL)
-        line[0].set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center")
+        line[0].set_ylabel(_shown(name), fontsize=8, rotation=0, ha="right", va="center")
     figure.suptitle("normal (blue frames) and anomalous (red) test data", fontsize=9)
     _save(figure, path)
 
@@ -202,7 +209,7 @@ def timelines(
     panels = figure.subplots(len(names), 1, sharey=True, squeeze=False)[:, 0]
     for axes, name, curve, label in zip(panels, names, curves, labels, strict=True):
         _timeline(axes, curve, calibration.threshold, label)
-        axes.set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center")
+        axes.set_ylabel(_shown(name), fontsize=8, rotation=0, ha="right", va="center")
         axes.tick_params(labelsize=7)
     panels[-1].set_xlabel("frame")
     figure.suptitle("frame scores; red: labelled anomalous; dashed: threshold", fontsize=10)
@@ -216,7 +223,7 @@ def timeline(
     figure = _figure(10, 3.2)
     axes = figure.subplots()
     _timeline(axes, curve, threshold, None)
-    axes.set(xlabel="frame" if calibration.level != "image" else "image", title=title)
+    axes.set(xlabel="frame" if calibration.level != "image" else "image", title=_shown(title))
     axes.set_ylabel(f"{calibration.score} score (mean squared error)")
     axes.legend(frameon=False, fontsize=8, loc="upper left")
     _save(figure, path)
@@ -234,7 +241,9 @@ def trace(
     figure = _figure(10, 3.2)
     axes = figure.subplots()
     _timeline(axes, points, threshold, None, step)
-    axes.set(xlabel="frame" if step == 1 else f"frame (highest of each {step})", title=title)
+    axes.set(
+        xlabel="frame" if step == 1 else f"frame (highest of each {step})", title=_shown(title)
+    )
     axes.set_ylabel(f"{calibration.score} score (mean squared error)")
     axes.legend(frameon=False, fontsize=8, loc="upper left")
     _save(figure, path)

@@ -204,7 +204,9 @@ def parse(parser: Any, arguments: Sequence[str]) -> Any:
     from jsonargparse import ArgumentError
 
     try:
-        return parser.parse_args([_hyphened(argument) for argument in arguments])
+        hyphened = [_hyphened(argument) for argument in arguments]
+        # The one flag whose value may be left out.
+        return parser.parse_args([each + "=" * (each == "--print-config") for each in hyphened])
     except ArgumentError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         text = re.sub(r"Parser key \"(\w+)\"", r"\1", " ".join(lines)) or "wrong arguments"

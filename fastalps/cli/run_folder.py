@@ -23,8 +23,9 @@ FIGURES = "figures"
 
 
 def check_unused(folder: Path) -> None:
-    """Raises UserError when a run is there already: none is ever overwritten."""
-    for name in (MODEL, CHECKPOINT, CONFIG):
+    """Raises UserError when a run is there already: none is ever overwritten. One that failed
+    before its first checkpoint has left nothing but its configuration."""
+    for name in (MODEL, CHECKPOINT):
         if (folder / name).exists():
             raise UserError(
                 f"{folder} already holds a run ({name}); add --resume to go on with it, "

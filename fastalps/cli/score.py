@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import fastalps
 from fastalps import distributed, environment
 from fastalps.checkpoint import Calibration
@@ -90,8 +88,7 @@ def score(arguments: Sequence[str]) -> None:
         raise command.Told from error
     # Messages are frames and scores, which are on CPUs before and after.
     with distributed.launched(options.device, "gloo") as device:
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = str(environment.find_device(device))
         if distributed.rank():
             shared_scoring.follow(lambda: _load(namespace.run, options, device)[0])
             return

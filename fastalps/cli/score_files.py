@@ -47,7 +47,12 @@ class ScoreFiles:
         try:
             if not self._files:
                 for path in self._paths:
-                    self._files.append(partial(path).open("w", encoding="utf-8", newline=""))
+                    # Names of files may hold bytes that are no UTF-8: they are escaped.
+                    self._files.append(
+                        partial(path).open(
+                            "w", encoding="utf-8", errors="backslashreplace", newline=""
+                        )
+                    )
                 csv.writer(self._files[0], lineterminator="\n").writerow(self._columns)
             table, lines = self._files
             csv.writer(table, lineterminator="\n").writerows(

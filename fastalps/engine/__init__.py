@@ -79,7 +79,7 @@ class Engine:
         ranges: of activations, for int8; see `fastalps.engine.narrow.activation_ranges`.
 
     Raises:
-        ValueError: int8 without the ranges of this model.
+        ValueError: int8 without the ranges of this model, or with weights that are not finite.
 
     `flop`: floating-point operations of both scores of an image, without the sums around products.
     """
@@ -108,6 +108,9 @@ class Engine:
         else:
             found = narrow.pack_narrow(network, precision, ranges)
         self.packed, self.flop = found[:3], found.flop
+        # Bytes have no NaN: scores would look as if nothing were wrong.
+        if precision == "int8" and not self.packed[1].isfinite().all():
+            raise ValueError("precision int8 needs finite weights; train the model again")
         self.call_size = max(1, int(CALL_FLOP / model.flops()))  # images, for each thread
 
     @property

@@ -148,7 +148,7 @@ class _NarrowPacker(Packer):
         return scale, float(round(-low / scale))
 
     def _code(self, scale: float, zero: float) -> None:
-        self.weights.append(torch.tensor([1 / scale, zero]))
+        self.weights.append(torch.tensor([1 / scale, zero], dtype=torch.float32))
 
     def _dense(
         self, weight: Tensor, bias: Tensor, shape: tuple[int, int], slope: float, following: int
@@ -185,11 +185,11 @@ class _NarrowPacker(Packer):
         self.plan += [filter_count, len(classes), len(pixels), *numbers]
 
         (before, zero), factor = self._coding, 1.0
-        pool_zeros = torch.zeros(len(sums))
+        pool_zeros = torch.zeros(len(sums), dtype=torch.float32)
         if sums:
             # A sum of n bytes is (sum - n * zero) * scale, and coded anew.
             scale, pool_zero = self._next_coding()
-            lengths = torch.tensor([float(len(members)) for members in sums])
+            lengths = torch.tensor([len(members) for members in sums], dtype=torch.float32)
             factor, pool_zeros = before / scale, pool_zero - lengths * zero * before / scale
             before, zero = scale, pool_zero
         coding = (1.0, 0.0) if last else self._next_coding()
@@ -216,9 +216,10 @@ class _NarrowPacker(Packer):
             mixed = _bf16_weights(
                 mixed, classes, doubled=self._coding is PIXELS and inputs % 2 == 1
             )
-        self.weights.append(torch.tensor([slope]))
+        self.weights.append(torch.tensor([slope], dtype=torch.float32))
         self._code(*coding)
-        self.weights += [torch.tensor([factor]), pool_zeros, scales.float()]
+        factors = torch.tensor([factor], dtype=torch.float32)
+        self.weights += [factors, pool_zeros, scales.float()]
         self.weights.append(biases.float().flatten())
         self.words.append(_words(mixed, self.precision))
         self._coding = coding

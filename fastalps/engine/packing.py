@@ -67,7 +67,7 @@ class Packer:
         # The bound is the distorter's: noise has none.
         bound = "none" if model.distorter is None else config.bound
         self.plan += [config.latent, BOUNDS.index(bound), config.smoothing]
-        self.weights.append(torch.tensor([config.strength]))
+        self.weights.append(torch.tensor([config.strength], dtype=torch.float32))
 
     def encoder(self, encoder: Encoder, sizes: Sequence[tuple[int, int]], slope: float) -> None:
         """Four strided convolutions; the last one with the average pooling behind it."""
@@ -152,7 +152,8 @@ class Packer:
             filters.append(torch.tensor(mixes, dtype=torch.float64))
         mixed = torch.einsum("ry,cx,oiyx->rcoi", filters[0], filters[1], weight)
         bias = torch.zeros(outputs, dtype=torch.float64) if bias is None else bias
-        self.weights += [torch.tensor([slope]), bias.float(), _tiled(mixed).float()]
+        scale = torch.tensor([slope], dtype=torch.float32)
+        self.weights += [scale, bias.float(), _tiled(mixed).float()]
 
     def _axis(self, axis: Axis) -> None:
         self.plan += [axis.inputs, axis.outputs, len(axis.filters), len(axis.bands)]

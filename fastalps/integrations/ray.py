@@ -20,6 +20,7 @@ from fastalps.cli.options import ScoreOptions
 from fastalps.cli.run_folder import model_path
 from fastalps.cli.score import make_scorer
 from fastalps.data import motion_frames
+from fastalps.environment import find_device
 from fastalps.errors import UserError
 from fastalps.gate import MotionGate
 from fastalps.scoring import Scorer
@@ -212,9 +213,7 @@ def _load(run: str | os.PathLike[str], options: ScoreOptions) -> tuple[Scorer, C
     model = fastalps.load(model_path(os.fspath(run)))
     if model.calibration is None:
         raise UserError(f"{run}: the model has no threshold; calibrate and save it")
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(find_device(options.device))
     return make_scorer(model, model.calibration, options, device), model.calibration
 
 

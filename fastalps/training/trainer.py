@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastalps import distributed
 from fastalps.data import OneClassData
-from fastalps.environment import has_fast_bfloat16
+from fastalps.environment import find_device, has_fast_bfloat16
 from fastalps.files import make_folder
 from fastalps.models import ALPS
 from fastalps.training.config import TrainConfig
@@ -161,19 +161,8 @@ def choose_device(config: TrainConfig) -> torch.device:
     Raises:
         ValueError: no such device here, or an option that it cannot do.
     """
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected auto, cpu or cuda[:n], got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected auto, cpu or cuda[:n], got {name!r}")
+    device = find_device(config.device)
     if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if not torch.cuda.is_available() or (device.index or 0) >= count:
-            raise ValueError(f"device: {name} is not here ({count} CUDA devices); use cpu or auto")
         return device
     if config.amp == "fp16":
         raise ValueError("amp: fp16 needs a CUDA device; use bf16 or off on a CPU")
