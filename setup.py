@@ -108,8 +108,8 @@ def compilers() -> list[str]:
 def cxx() -> str:
     if found := compilers():
         return found[0]
-    for refusal in REFUSED.values():
-        raise refusal
+    if REFUSED:
+        raise next(iter(REFUSED.values()))
     raise BuildFailure(
         f"no C++ compiler was found (install {'clang++' if sys.platform == 'win32' else 'g++'}, "
         "or set CXX)"
@@ -355,8 +355,8 @@ def checked(build: Callable[[], Path]) -> Path:
         try:
             built = build()
         except BuildFailure as failure:
-            for refusal in REFUSED.values():
-                raise refusal from failure
+            if REFUSED:
+                raise next(iter(REFUSED.values())) from failure
             raise
         try:
             check_errors(built)

@@ -111,7 +111,6 @@ class Case:
     about: str
     prepare: Callable[[Settings], Work] | None = None
     measure: Callable[[Settings], dict[str, Any]] | None = None
-    efforts: tuple[str, ...] = ("smoke", "quick", "full")
 
 
 def relative_error(actual: Tensor, exact: Tensor, floor: float = 1.0) -> float:

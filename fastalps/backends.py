@@ -29,7 +29,7 @@ logger = logging.getLogger("fastalps")
 
 BACKENDS = ("auto", "reference", "native", "triton")
 
-# The compiled libraries: file name (without suffix) and the dispatch key that they implement.
+# The compiled library of each device type: its file name without suffix.
 LIBRARIES = {"cpu": "fastalps_cpu", "cuda": "fastalps_cuda"}
 DEVICES = tuple(LIBRARIES)
 

@@ -84,8 +84,6 @@ def _not_covered(config: ModelConfig, device: torch.device) -> str:
     """What of a model the kernels do not have; empty if they have all."""
     if config.perturbation == "noise":
         return "the fused kernels draw no noise for a perturbation"
-    if not 0 <= config.negative_slope <= 1:
-        return f"the fused kernels need a negative_slope of 0 to 1, not {config.negative_slope}"
     shape = _shape(config, device)
     return shape if isinstance(shape, str) else ""
 

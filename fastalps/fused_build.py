@@ -45,8 +45,6 @@ def reason_against(config: ModelConfig) -> str:
         return f"the fused kernels need one channel, not {config.channels}"
     if config.distorter != config.encoder:
         return "the fused kernels need a distorter of the encoder's widths"
-    if len(config.encoder) != 3 or len(config.decoder) != 6:
-        return "the fused kernels need three widths of the encoder and six of the decoder"
     units = {
         "encoder": (16, 16, 64),
         "decoder": (16, 64, 16, 16, 8, 8),

@@ -22,7 +22,7 @@ bool fused_sizes(int64_t shape, FusedSizes* sizes);
 
 struct FusedCall {
   FrameView frames;  // One channel, uint8 or float32.
-  PatchGrid grid;    // Patches of the shape's size; fewer than 2^31 in all frames.
+  PatchGrid grid;    // Patches of the shape's size; fewer than 2^30 in all frames.
   // On the device: (frame, patch) pairs of the patches to score, and how many there are; the errors
   // of others become 0. Null: all patches.
   const int64_t* index;

@@ -1,8 +1,8 @@
 // What the fused scoring kernels number by: lanes, fragments, pixels and chunks of maps, taps.
 //
 // Plain C++ without a device: the kernels and the emulator of the tests compile this same header.
-// A map in shared memory is bf16, pixel by pixel, its channels in chunks of 8 (16 bytes, what one
-// lane addresses for ldmatrix).
+// A map in shared memory is bf16, its channels in chunks of 8 (16 bytes, what one lane addresses
+// for ldmatrix): pixel by pixel, or a plane of pixels for each chunk (Planes).
 #pragma once
 
 #include <cstdint>

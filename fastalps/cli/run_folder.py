@@ -60,7 +60,7 @@ def write_scores(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
-    writer.writerows([_plain(value) for value in row] for row in rows)
+    writer.writerows([cell(value) for value in row] for row in rows)
     write_text(path, text.getvalue())
 
 
@@ -69,7 +69,10 @@ def write_metrics(path: Path, record: dict[str, Any]) -> None:
     write_json(path, _without_nan(record))
 
 
-def _plain(value: Any) -> Any:
+def cell(value: Any) -> Any:
+    """A value as CSV files have it: nothing, 0 or 1, and floats with all their digits."""
+    if value is None:
+        return ""
     if isinstance(value, bool):
         return int(value)
     return repr(value) if isinstance(value, float) else value

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from fastalps.cli.run_folder import SCORES
+from fastalps.cli.run_folder import SCORES, cell
 from fastalps.errors import UserError
 
 LINES = "scores.jsonl"
@@ -56,7 +56,7 @@ class ScoreFiles:
                 csv.writer(self._files[0], lineterminator="\n").writerow(self._columns)
             table, lines = self._files
             csv.writer(table, lineterminator="\n").writerows(
-                [_plain(value) for value in row] for row in rows
+                [cell(value) for value in row] for row in rows
             )
             for row in rows:
                 named = dict(zip(self._columns, row, strict=True))
@@ -81,11 +81,3 @@ class ScoreFiles:
         for file in self._files:
             file.close()
         self._files = []
-
-
-def _plain(value: Any) -> Any:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return int(value)
-    return repr(value) if isinstance(value, float) else value

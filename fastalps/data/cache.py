@@ -21,7 +21,7 @@ from fastalps.files import atomic_path, make_folder, write_text
 
 FORMAT_VERSION = 1
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger("fastalps")
 _warned: set[str] = set()
 
 
@@ -117,7 +117,7 @@ class _Entry:
         except UserError as error:
             if str(self.cache) not in _warned:
                 _warned.add(str(self.cache))
-                _logger.warning("going on without the cache of decoded frames: %s", error)
+                logger.warning("going on without the cache of decoded frames: %s", error)
             return False
         for stale in self.cache.glob(f"{self.name}-*.npy"):
             if stale != self.array_path:
@@ -143,4 +143,4 @@ def _remove(path: Path) -> None:
         path.unlink()
     except OSError as error:
         # Another process removed it, or (on Windows) still maps it: it costs space, nothing else.
-        _logger.debug("cannot remove the stale cache file %s: %s", path, error)
+        logger.debug("cannot remove the stale cache file %s: %s", path, error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from fastalps.environment import usable_cores
 from fastalps.errors import UserError
 from fastalps.scalars import is_whole
 
@@ -51,9 +51,7 @@ class Header:
 def worker_count(workers: int | None) -> int:
     """Threads to decode with: as asked, or one for each CPU this process may use."""
     if workers is None:
-        if hasattr(os, "sched_getaffinity"):
-            return len(os.sched_getaffinity(0))
-        return os.cpu_count() or 1
+        return usable_cores()
     if not is_whole(workers):
         raise UserError(f"workers must be a positive number of threads or None, got {workers!r}")
     return workers

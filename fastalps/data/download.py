@@ -15,7 +15,7 @@ from fastalps.files import atomic_path, make_folder
 
 _TIMEOUT_SECONDS = 30
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger("fastalps")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def fetch(file: RemoteFile, mirrors: Sequence[str], folder: Path) -> None:
     failures = []
     for mirror in mirrors:
         url = mirror + file.name
-        _logger.info("downloading %s", url)
+        logger.info("downloading %s", url)
         try:
             data = _get(url, file)
         except (OSError, http.client.HTTPException, _Altered) as error:
