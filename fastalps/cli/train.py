@@ -13,8 +13,7 @@ import torch
 
 from fastalps import distributed, environment
 from fastalps.cli import command, figures, run_folder
-from fastalps.cli.evaluation import Evaluation, Video, evaluate_images, evaluate_video
-from fastalps.cli.normal_video import evaluate_normal_video
+from fastalps.cli.evaluation import Evaluation, evaluate_images
 from fastalps.cli.options import (
     VIDEO_DATASETS,
     DataOptions,
@@ -25,6 +24,7 @@ from fastalps.cli.options import (
     parse,
     pick,
 )
+from fastalps.cli.video_evaluation import Video, evaluate_normal_video, evaluate_video
 from fastalps.data import (
     Clip,
     OneClassData,
