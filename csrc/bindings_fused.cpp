@@ -20,6 +20,7 @@ namespace {
 using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t kAlignment = 16;
+constexpr int64_t kMostPatches = std::numeric_limits<int32_t>::max() / 2;
 
 void check_cuda(cudaError_t status) {
   STD_TORCH_CHECK(status == cudaSuccess, "fused_errors: ", cudaGetErrorString(status));
@@ -62,15 +63,8 @@ cudaError_t errors_of(const cuda::FusedCall& call, cudaStream_t stream) {
   return loaded_network(call.shape).errors(&call, stream);
 }
 
-// `scratch` (bytes): the maps, latents and places of `chunk` patches. With a background: `flags`
-// (uint8, a patch each) and `places` (int64: offsets of the tiles of flags, then pairs of frame and
-// patch).
-void fused_errors(Tensor frames, MaybeTensor background, double threshold, Sizes stride, bool cover,
-                  int64_t shape, Tensor weights, Tensor biases, int64_t bound, double slope,
-                  double strength, int64_t smoothing, bool normal, bool perturbed, int64_t chunk,
-                  Tensor scratch, MaybeTensor flags, MaybeTensor places, Tensor errors) {
-  cuda::FusedSizes sizes{};
-  STD_TORCH_CHECK(sizes_of(shape, &sizes), "fused_errors: there is no shape ", shape);
+void check_options(const Tensor& frames, int64_t bound, int64_t smoothing, bool normal,
+                   bool perturbed, int64_t chunk) {
   STD_TORCH_CHECK(
       frames.is_cuda() && frames.dim() == 3 &&
           (frames.scalar_type() == ScalarType::Byte || frames.scalar_type() == ScalarType::Float),
@@ -79,16 +73,54 @@ void fused_errors(Tensor frames, MaybeTensor background, double threshold, Sizes
   STD_TORCH_CHECK(bound >= 0 && bound <= 2, "fused_errors: there is no bound ", bound);
   STD_TORCH_CHECK(smoothing >= 1 && smoothing <= 31 && smoothing % 2 == 1,
                   "fused_errors: expected an odd smoothing from 1 to 31");
+  STD_TORCH_CHECK(chunk > 0 && chunk <= kMostPatches,
+                  "fused_errors: expected a chunk of 1 to 2^30 patches");
+}
+
+// Finds the patches that differ from the background, and asks for these only. `flags`: a byte a
+// patch; `places`: offsets of the tiles of flags, then pairs of frame and patch.
+void mark_active(const Tensor& frames, const Tensor& background, double threshold,
+                 const MaybeTensor& flags, const MaybeTensor& places, cuda::FusedCall* call,
+                 cudaStream_t stream) {
+  STD_TORCH_CHECK(flags && places, "fused_errors: a background needs flags and places");
+  check_activity(frames, background);
+  const int32_t device = frames.get_device_index();
+  STD_TORCH_CHECK(background.is_cuda() && background.get_device_index() == device,
+                  "fused_errors: the background is on another device");
+  const cuda::PatchGrid& grid = call->grid;
+  const int64_t total = frames.size(0) * grid.count();
+  const int64_t tiles = cuda::active_tiles(total);
+  check_buffer(*flags, ScalarType::Byte, total, device, "flags");
+  check_buffer(*places, ScalarType::Long, tiles + 1 + 2 * total, device, "places");
+  auto* const marked = static_cast<uint8_t*>(flags->mutable_data_ptr());
+  auto* const offsets = static_cast<int64_t*>(places->mutable_data_ptr());
+  int64_t* const pairs = offsets + tiles + 1;
+  const cuda::Matrix still = {background.const_data_ptr(), background.stride(0),
+                              background.stride(1)};
+  check_cuda(cuda::active_flags(call->frames, still, grid,
+                                activity_limit(threshold, grid.patch_pixels()), marked, offsets,
+                                stream));
+  check_cuda(cuda::active_index(marked, offsets, total, grid.count(), pairs, stream));
+  call->index = pairs;
+  call->count = offsets + tiles;
+}
+
+// `scratch` (bytes): the maps, latents and places of `chunk` patches. With a background: `flags`
+// (uint8) and `places` (int64), see mark_active.
+void fused_errors(Tensor frames, MaybeTensor background, double threshold, Sizes stride, bool cover,
+                  int64_t shape, Tensor weights, Tensor biases, int64_t bound, double slope,
+                  double strength, int64_t smoothing, bool normal, bool perturbed, int64_t chunk,
+                  Tensor scratch, MaybeTensor flags, MaybeTensor places, Tensor errors) {
+  cuda::FusedSizes sizes{};
+  STD_TORCH_CHECK(sizes_of(shape, &sizes), "fused_errors: there is no shape ", shape);
+  check_options(frames, bound, smoothing, normal, perturbed, chunk);
   const Sizes patch = {sizes.side, sizes.side};
   check_grid(frames.size(1), frames.size(2), patch, stride);
   const auto grid = cuda::make_patch_grid(frames.size(1), frames.size(2), sizes.side, sizes.side,
                                           stride[0], stride[1], cover);
   const int64_t passes = normal && perturbed ? 2 : 1;
   const int64_t total = frames.size(0) * grid.count();
-  STD_TORCH_CHECK(total <= std::numeric_limits<int32_t>::max() / 2,
-                  "fused_errors: expected less than 2^30 patches");
-  STD_TORCH_CHECK(chunk > 0 && chunk <= std::numeric_limits<int32_t>::max() / 2,
-                  "fused_errors: expected a chunk of 1 to 2^30 patches");
+  STD_TORCH_CHECK(total <= kMostPatches, "fused_errors: expected less than 2^30 patches");
 
   const int32_t device = frames.get_device_index();
   const int64_t map_bytes = chunk * sizes.map_bytes;
@@ -129,25 +161,7 @@ void fused_errors(Tensor frames, MaybeTensor background, double threshold, Sizes
                           maps + map_bytes,
                           maps + map_bytes + latent_bytes,
                           static_cast<float*>(errors.mutable_data_ptr())};
-  if (background) {
-    STD_TORCH_CHECK(flags && places, "fused_errors: a background needs flags and places");
-    check_activity(frames, *background);
-    STD_TORCH_CHECK(background->is_cuda() && background->get_device_index() == device,
-                    "fused_errors: the background is on another device");
-    const int64_t tiles = cuda::active_tiles(total);
-    check_buffer(*flags, ScalarType::Byte, total, device, "flags");
-    check_buffer(*places, ScalarType::Long, tiles + 1 + 2 * total, device, "places");
-    auto* const marked = static_cast<uint8_t*>(flags->mutable_data_ptr());
-    auto* const offsets = static_cast<int64_t*>(places->mutable_data_ptr());
-    int64_t* const pairs = offsets + tiles + 1;
-    const cuda::Matrix still = {background->const_data_ptr(), background->stride(0),
-                                background->stride(1)};
-    check_cuda(cuda::active_flags(view, still, grid, activity_limit(threshold, grid.patch_pixels()),
-                                  marked, offsets, stream));
-    check_cuda(cuda::active_index(marked, offsets, total, grid.count(), pairs, stream));
-    call.index = pairs;
-    call.count = offsets + tiles;
-  }
+  if (background) mark_active(frames, *background, threshold, flags, places, &call, stream);
   check_cuda(errors_of(call, stream));
 }
 
