@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -115,13 +116,7 @@ def train(arguments: Sequence[str]) -> None:
         )
         device = choose_device(config)
         if first:
-            make_folder(folder)
-            stored = options.clone(with_meta=False)
-            stored.root, stored.cache = absolute(data_options.root), absolute(data_options.cache)
-            for name in ("out", "resume", "config"):
-                stored.pop(name, None)
-            text = parser.dump(stored, skip_unset=False, skip_validation=True)
-            write_text(folder / run_folder.CONFIG, text)
+            _store_configuration(parser, options, folder)
             print(
                 f"{data.name}: {len(data.train)} training images of "
                 f"{' x '.join(map(str, data.train.shape[1:]))}, {len(data.validation)} held out; "
@@ -145,6 +140,16 @@ def train(arguments: Sequence[str]) -> None:
     print(
         f"wrote {folder}: {run_folder.MODEL}, {run_folder.METRICS}, {run_folder.SCORES}, figures/"
     )
+
+
+def _store_configuration(parser: Any, options: Any, folder: Path) -> None:
+    """Writes all options but those that the run's folder is itself."""
+    stored = options.clone(with_meta=False)
+    stored.root, stored.cache = absolute(options.root), absolute(options.cache)
+    for name in ("out", "resume", "config"):
+        stored.pop(name, None)
+    text = parser.dump(stored, skip_unset=False, skip_validation=True)
+    write_text(make_folder(folder) / run_folder.CONFIG, text)
 
 
 def _with_stored_configuration(arguments: Sequence[str]) -> list[str]:
