@@ -97,7 +97,8 @@ def option_names(module: str) -> frozenset[str]:
 def programs() -> dict[str, str]:
     """Our programs, as they are called, and the modules of their parsers."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    found = dict(re.findall(r'^(fastalps-\w+) = "([\w.]+):main"$', text, re.MULTILINE))
+    entries = re.findall(r'^(fastalps-\w+) = "fastalps\.cli\.entry:(\w+)"$', text, re.MULTILINE)
+    found = {name: f"fastalps.cli.{module}" for name, module in entries}
     for path in sorted((ROOT / "bench").glob("*.py")):
         if "parse_args(" in path.read_text(encoding="utf-8") or path.stem == "trial":
             found[f"bench/{path.name}"] = f"bench.{path.stem}"
