@@ -194,6 +194,8 @@ def test_demo(tmp_path, capsys, monkeypatch) -> None:
         ([*DIGITS, "--epochs", "0"], "epochs: expected an integer of at least 1"),
         ([*DIGITS, "--epoch", "1"], "--epoch"),
         ([*DIGITS, "--target-fpr", "2"], "target_fpr must be between 0 and 1"),
+        ([*DIGITS, "--frame-reduce", "median"], "frame_reduce must be one of max, mean, topk"),
+        ([*DIGITS, "--top-k", "0"], "top_k must be a number of patches from 1 up, got 0"),
         ([*DIGITS, "--device", "cuda:99"], "device: cuda:99 is not here"),
         ([*DIGITS, "--select", "auroc", "--protocol", "strict"], "needs anomalies"),
         ([*DIGITS, "--resume"], "holds no run to resume"),

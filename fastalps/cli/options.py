@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastalps.errors import UserError
+from fastalps.frame_scores import check_frame_reduce
 
 VIDEO_DATASETS = ("ucsd-ped1", "ucsd-ped2", "video")
 IMAGE_DATASETS = ("digits", "mnist", "fashion-mnist", "folder")
@@ -117,6 +118,8 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         if not 0 < self.target_fpr < 1:
             raise UserError(f"target_fpr must be between 0 and 1, got {self.target_fpr}")
+        # Nothing else needs them before the model is trained.
+        check_frame_reduce(self.frame_reduce, self.top_k)
 
 
 @dataclass(frozen=True)
