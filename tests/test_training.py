@@ -319,6 +319,11 @@ def test_just_images(task) -> None:
         assert math.isfinite(result.history[-1]["normal_error"])
 
 
+def test_gray_levels_that_are_no_bytes_are_warned_of(rng) -> None:
+    with pytest.warns(UserWarning, match=r"expected in \[0, 1\], got .*divide them by 255"):
+        Trainer(SHORT, progress=False).prepare(small_model(), stripes(20, True, rng).float())
+
+
 def test_float_and_uint8_images_train_alike(task) -> None:
     assert not changed(weights(fit(task.train).model), fit(task.train / 255).model)
 

@@ -16,6 +16,7 @@ from fastalps import distributed
 from fastalps.data import OneClassData
 from fastalps.environment import has_fast_bfloat16
 from fastalps.files import make_folder
+from fastalps.inputs import check_pixels
 from fastalps.models import ALPS
 from fastalps.training.config import TrainConfig
 from fastalps.training.run import CHECKPOINT, HISTORY, FitResult, Progress, Run
@@ -203,8 +204,7 @@ def _check_images(images: object, model: ALPS) -> None:
             f"data: expected at least {smallest} training images, got {len(images)}; "
             "there is nothing to learn from"
         )
-    if images.is_floating_point() and not torch.isfinite(images).all():
-        raise ValueError("data: training images have NaN or infinite pixels; clean them first")
+    check_pixels("training images", images)
 
 
 @contextlib.contextmanager
