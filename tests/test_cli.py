@@ -192,6 +192,7 @@ def test_demo(tmp_path, capsys, monkeypatch) -> None:
         ([*DIGITS, "--preset", "huge"], "preset: expected one of paper"),
         ([*DIGITS, "--epochs", "none"], "epochs"),
         ([*DIGITS, "--epochs", "0"], "epochs: expected an integer of at least 1"),
+        ([*DIGITS, "--batch-size", "1"], "batch_size: expected at least 2, which batch norm needs"),
         ([*DIGITS, "--epoch", "1"], "--epoch"),
         ([*DIGITS, "--target-fpr", "2"], "target_fpr must be between 0 and 1"),
         ([*DIGITS, "--frame-reduce", "median"], "frame_reduce must be one of max, mean, topk"),

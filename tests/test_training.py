@@ -344,6 +344,15 @@ def test_wrong_images(images, message) -> None:
         fit(images)
 
 
+def test_batches_of_one_where_batch_norm_needs_more(rng) -> None:
+    config, images = dataclasses.replace(SHORT, epochs=1, batch_size=1), stripes(4, True, rng)
+    trainer = Trainer(config, progress=False)
+    with pytest.raises(ValueError, match=r"batch_size: expected at least 2.* as small as 8 x 8"):
+        trainer.fit(small_model(), images)
+    trainer.fit(small_model(batch_norm=False), images)
+    trainer.fit(ALPS(17, 1, "fast", latent=4), torch.rand(4, 1, 17, 17))
+
+
 @pytest.mark.parametrize("images", [[1, 2], torch.zeros(4, 1, 8, 8, dtype=torch.int64)])
 def test_wrong_kinds(images) -> None:
     with pytest.raises(TypeError, match="data: expected"):
