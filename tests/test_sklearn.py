@@ -236,6 +236,7 @@ def test_other_units_than_fitted_are_told(digits) -> None:
         ({"image_size": "big"}, (4, 64), 'image_size must be "auto", None'),
         ({"image_size": (8, 8, 8)}, (4, 64), 'image_size must be "auto", None'),
         ({"contamination": 0.7}, (4, 64), r"contamination must be in \(0, 0.5\], got 0.7"),
+        ({"contamination": "auto"}, (4, 64), r"contamination must be in \(0, 0.5\], got 'auto'"),
         ({"epochs": 0}, (4, 64), "epochs: expected an integer of at least 1"),
         ({"batch_size": 1}, (4, 64), "batch_size: expected at least 2, which batch norm needs"),
         ({"score_kind": "best"}, (4, 64), "score_kind must be one of normal"),
