@@ -221,8 +221,12 @@ def test_no_output_folder(tmp_path, capsys) -> None:
 
 
 def test_broken_configuration(tmp_path, capsys) -> None:
-    for text, message in (("epochs: [1\n", "config"), ("epoch: 1\n", "'epoch' is not accepted")):
-        (tmp_path / "bad.yaml").write_text(text)
+    for content, message in (
+        (b"epochs: [1\n", "config"),
+        (b"epoch: 1\n", "'epoch' is not accepted"),
+        (b"root: \xc1\n", f"expected YAML in UTF-8, but {tmp_path / 'bad.yaml'} holds other bytes"),
+    ):
+        (tmp_path / "bad.yaml").write_bytes(content)
         arguments = ["--config", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "run")]
         assert train.main(arguments) == 2
         assert message in one_line(capsys)

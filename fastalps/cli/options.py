@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from fastalps.errors import UserError
@@ -212,6 +213,17 @@ def parse(parser: Any, arguments: Sequence[str]) -> Any:
         text = re.sub(r"Parser key \"(\w+)\"", r"\1", " ".join(lines)) or "wrong arguments"
         text = _OPTIONAL.sub(r"Expected a <class '\1'> or null. Got value: \2", text)
         raise UserError(f"{text}; see {parser.prog} --help") from error
+    except UnicodeDecodeError as error:
+        files = " or ".join(_config_files(arguments))
+        raise UserError(
+            f"config: expected YAML in UTF-8, but {files} holds other bytes ({error.reason}); save "
+            "it as UTF-8"
+        ) from error
+
+
+def _config_files(arguments: Sequence[str]) -> list[str]:
+    files = [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
+    return files + [value for flag, value in pairwise(arguments) if flag == "--config"]
 
 
 def _hyphened(argument: str) -> str:
