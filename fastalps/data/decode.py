@@ -111,7 +111,9 @@ def read_pixels(path: Path, channels: int = 1, size: tuple[int, int] | None = No
             # of UCSD Ped2 on one AVX2 core: 0.96 s instead of 1.77 s, the same pixels).
             image.draft("L", image.size)
         picture: Image.Image = image
-        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        # Pillow scales a PGM of any other maximum to 65535, too.
+        sixteen = image.mode == "I" and image.format in ("PNG", "PPM")
+        if sixteen or image.mode.startswith("I;16"):
             wide = np.asarray(image).astype(np.uint32)
             picture = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
         elif image.mode in ("I", "F"):
