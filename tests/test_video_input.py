@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -206,6 +207,28 @@ def test_a_video_scores_as_its_frames_do(run, tmp_path, capsys) -> None:
     assert float(tables[1][10]["time"]) == pytest.approx(1.0, abs=2e-3)
     summary = json.loads((out / "summary.json").read_text())["metrics"]
     assert summary["frames"] == FRAMES and summary["complete"] and summary["dropped_frames"] == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no /dev/fd")
+def test_a_pipe_is_read_once(run, tmp_path) -> None:
+    content = write(tmp_path / "a.mkv", scene()).read_bytes()
+    source, sink = os.pipe()
+
+    def fill() -> None:
+        with os.fdopen(sink, "wb") as pipe:
+            pipe.write(content)
+
+    writer = threading.Thread(target=fill)
+    writer.start()
+    try:
+        assert score.main([str(run), f"/dev/fd/{source}", "--out", str(tmp_path / "out")]) == 0
+    finally:
+        os.close(source)
+        writer.join()
+    # A gate without a background learns it from the first chunk, here the whole.
+    assert score.main([str(run), str(tmp_path / "a.mkv"), "--out", str(tmp_path / "file")]) == 0
+    piped, whole = (rows_of(tmp_path / name / "scores.csv") for name in ("out", "file"))
+    assert [row["score"] for row in piped] == [row["score"] for row in whole]
 
 
 # A transport stream states no duration: it is no live stream for all that.
