@@ -168,6 +168,30 @@ def test_folder_of_images(tmp_path, rng) -> None:
     assert record["metrics"]["threshold"]["false_positive_rate"] is not None
 
 
+def test_images_that_the_memory_cannot_hold(tmp_path, rng, capsys) -> None:
+    for name in ("good", "bad"):
+        for i, image in enumerate(bytes_of((6, 8, 8), rng)):
+            save(tmp_path / name / f"{i}.png", image)
+    out = tmp_path / "run"
+    base = ["--dataset", "folder", "--root", str(tmp_path), "--out", str(out)]
+    for size in ("1000000", "9" * 400):
+        assert train.main([*base, "--image-size", size]) == 2
+        assert "decoded, the 12 images take" in one_line(capsys) and not out.exists()
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda: np.empty(2**60, dtype=np.uint8),
+        lambda: torch.empty(2**60, dtype=torch.uint8),
+        lambda: bytearray(2**60),
+    ],
+)
+def test_too_little_memory_is_told_in_one_line(capsys, allocate) -> None:
+    assert command.run("x", lambda _: allocate(), []) == 2
+    assert "the machine has too little memory" in one_line(capsys)
+
+
 def test_demo(tmp_path, capsys, monkeypatch) -> None:
     def brief(arguments):
         train.train([*arguments, "--epochs", "2"])
@@ -194,6 +218,8 @@ def test_demo(tmp_path, capsys, monkeypatch) -> None:
         ([*DIGITS, "--epochs", "0"], "epochs: expected an integer of at least 1"),
         ([*DIGITS, "--batch-size", "1"], "batch_size: expected at least 2, which batch norm needs"),
         ([*DIGITS, "--epoch", "1"], "--epoch"),
+        ([*DIGITS, "--latent", "100000000000"], "latent must be at most 65536, got 100000000000"),
+        ([*DIGITS, "--encoder", "[8,8,1000000]"], "encoder must be at most 65536, got 1000000"),
         ([*DIGITS, "--target-fpr", "2"], "target_fpr must be between 0 and 1"),
         ([*DIGITS, "--frame-reduce", "median"], "frame_reduce must be one of max, mean, topk"),
         ([*DIGITS, "--top-k", "0"], "top_k must be a number of patches from 1 up, got 0"),

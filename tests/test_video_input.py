@@ -515,7 +515,7 @@ def test_bad_training_videos(tmp_path, capsys, monkeypatch) -> None:
     (root / "b.mkv").write_bytes(b"junk" * 100)
     fails("b.mkv")
     (root / "b.mkv").unlink()
-    monkeypatch.setattr("fastalps.data.video_clips._memory_bytes", lambda: 1000)
+    monkeypatch.setattr("fastalps.memory.memory_bytes", lambda: 1000)
     fails("of memory")
 
 

@@ -8,16 +8,13 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-import torch
-
 from fastalps.errors import BackendUnavailable, UserError
 from fastalps.files import discard_output
+from fastalps.memory import memory_text
 
 USAGE_ERROR = 2
 # As shells count it: 128 plus the number of the signal.
 INTERRUPTED = 130
-
-OUT_OF_MEMORY = "the device has too little memory; lower batch_size"
 
 
 class Interrupted(Exception):
@@ -53,10 +50,13 @@ def run(name: str, body: Callable[[Sequence[str]], None], arguments: Sequence[st
             return INTERRUPTED
         except Told:
             return USAGE_ERROR
-        except torch.OutOfMemoryError:
-            return _fail(name, OUT_OF_MEMORY)
         except (UserError, ValueError, BackendUnavailable, OSError) as error:
             return _fail(name, str(error) or type(error).__name__)
+        except (MemoryError, RuntimeError) as error:
+            text = memory_text(error)
+            if text is None:
+                raise
+            return _fail(name, text)
     return 0
 
 

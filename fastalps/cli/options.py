@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
 
+from fastalps.checkpoint import LARGEST_WIDTH
 from fastalps.errors import UserError
 from fastalps.frame_scores import check_frame_reduce
 
@@ -88,6 +89,13 @@ class ModelOptions:
     strength: float = 1.0
     batch_norm: bool = True
     smoothing: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("latent", "encoder", "distorter", "decoder"):
+            value = getattr(self, name)
+            widest = max(value, default=0) if isinstance(value, list) else value or 0
+            if widest > LARGEST_WIDTH:
+                raise UserError(f"{name} must be at most {LARGEST_WIDTH}, got {widest}")
 
     def overrides(self) -> dict[str, Any]:
         """Keyword arguments of `fastalps.ALPS` besides image size, channels and preset."""
