@@ -142,6 +142,18 @@ def test_score_images(run, tmp_path, capsys) -> None:
     summary = json.loads((out / "summary.json").read_text())["metrics"]
     assert summary["images"] == 12 and "held-out normal images" in summary["threshold_means"]
     assert "images/s" in capsys.readouterr().out
+    # In the folder of results of a video, none of them stays; inside of the input they would be
+    # taken for images.
+    for name in ("report.html", "scores.jsonl", "annotated.partial.mp4", "mine.html"):
+        (out / name).write_text("x")
+    assert score.main([str(run), str(images), "--out", str(out)]) == 0
+    assert {p.name for p in out.iterdir()} == {
+        *("scores.csv", "timeline.png", "summary.json", "mine.html")
+    }
+    for inside in (images, images / "scored"):
+        assert score.main([str(run), str(images), "--out", str(inside)]) == 2
+        assert "--out must lie outside of the input" in one_line(capsys)
+    assert len(list(images.iterdir())) == 13
     # One image, by the file of the model, with a threshold of one's own.
     lone = [str(run / "model.safetensors"), str(images / "3.png"), "--out", str(tmp_path / "one")]
     assert score.main([*lone, "--threshold", "0"]) == 0

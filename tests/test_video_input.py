@@ -294,6 +294,54 @@ def test_attempts_to_connect_again_are_limited(tmp_path, monkeypatch, capsys, gr
             list(chunks)
 
 
+def test_results_replace_those_of_another_input_and_nothing_else(
+    tmp_path, capsys, gray_run
+) -> None:
+    def scored(source: Path, *options: str) -> int:
+        return score.main([str(gray_run), str(source), "--out", str(out), *options])
+
+    def names() -> set[str]:
+        return {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+
+    out, first = tmp_path / "out", write(tmp_path / "a.mkv", scene())
+    second = write(tmp_path / "b.mkv", scene(6))
+    assert scored(first, "--annotated", "--overlays", "5") == 0
+    before = names()
+    assert {"annotated.mp4", "report.html"} <= before and len(before) == 6 + 5
+    # As a run that broke off leaves them, and files of the user's own.
+    for name in before - {name for name in before if "/" in name}:
+        (out / name).with_suffix(f".partial{Path(name).suffix}").write_text("x")
+    mine = {"notes.txt", "more.partial.csv", "overlays/mine.png"}
+    for name in mine:
+        (out / name).write_text("mine")
+    before = names()
+    # What cannot be read leaves all as it was.
+    (tmp_path / "junk.mkv").write_bytes(b"junk" * 100)
+    for source in (tmp_path / "junk.mkv", tmp_path / "absent.mkv"):
+        assert scored(source) == 2
+        assert names() == before
+    assert scored(second, "--overlays", "1") == 0
+    plain = {"scores.csv", "scores.jsonl", "timeline.png", "summary.json", "report.html"}
+    overlay = {name for name in names() if name.startswith("overlays/0")}
+    assert names() == plain | mine | overlay and len(overlay) == 1
+    assert len(rows_of(out / "scores.csv")) == 6
+
+
+def test_results_apart_from_the_input(tmp_path, capsys, gray_run) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    video = write(tmp_path / "a.mkv", scene(6)).rename(out / "annotated.mp4")
+    (out / "overlays").mkdir()
+    for source, message in (
+        (video, "is among the results"),
+        (out / "overlays", "is among the results"),
+        (out, "--out must lie outside of the input"),
+    ):
+        assert score.main([str(gray_run), str(source), "--out", str(out)]) == 2
+        assert message in error_of(capsys)
+    assert {path.name for path in out.iterdir()} == {"annotated.mp4", "overlays"}
+
+
 # Bad input --------------------------------------------------------------------------------------
 
 
