@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
 
-from fastalps.checkpoint import LARGEST_WIDTH
+from fastalps.checkpoint import FRAMES, LARGEST_WIDTH
 from fastalps.errors import UserError
 from fastalps.frame_scores import check_frame_reduce
 
 VIDEO_DATASETS = ("ucsd-ped1", "ucsd-ped2", "video")
 IMAGE_DATASETS = ("digits", "mnist", "fashion-mnist", "folder")
 DATASETS = (*IMAGE_DATASETS, *VIDEO_DATASETS)
-FRAMES = ("gray", "motion")
 
 Options = TypeVar("Options")
 
