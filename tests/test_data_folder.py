@@ -141,6 +141,16 @@ def test_pixel_kinds(tmp_path: Path, rng: torch.Generator) -> None:
         read_images(tmp_path)
 
 
+def test_too_little_memory_for_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    save(tmp_path / "a.png", np.zeros((8, 8), dtype=np.uint8))
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(UserError, match=r"a\.png takes more memory than there is"):
+        read_images(tmp_path, channels=3)
+
+
 @pytest.mark.parametrize("maximum", [65535, 4095])
 def test_16_bit_pgm(tmp_path: Path, rng: torch.Generator, maximum: int) -> None:
     wide = torch.randint(maximum + 1, (5, 6), generator=rng).numpy()

@@ -145,6 +145,11 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise SourceError(
             f"{path} is not an image, or damaged or truncated; replace or remove it"
         ) from error
+    except MemoryError as error:
+        # Of a damaged file, too, whose header tells a wrong size: which of the two is not known.
+        raise SourceError(
+            f"{path} takes more memory than there is, or is damaged; shrink or replace it"
+        ) from error
     # Damaged files make Pillow's parsers raise almost anything (struct.error, SyntaxError, ...).
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
