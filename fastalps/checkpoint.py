@@ -16,7 +16,9 @@ from torch import Tensor
 
 from fastalps.errors import UserError
 from fastalps.files import atomic_path
-from fastalps.models import ALPS, ModelConfig
+from fastalps.frame_scores import check_frame_reduce
+from fastalps.models import ALPS, PRESETS, ModelConfig
+from fastalps.smoothing import check_size
 
 FORMAT = "fastalps-model"
 VERSION = "1"
@@ -27,6 +29,8 @@ SCORE_MEANING = (
     "more anomalous"
 )
 SCORE_KINDS = ("normal", "perturbed", "average")
+EDGES = ("cover", "drop", "error")
+FRAMES = ("gray", "motion")
 # Of weights in a file; in memory they are float32.
 STORED = (torch.float32, torch.float16, torch.bfloat16)
 # Larger values in a configuration are not models but ways to exhaust the memory of a reader.
@@ -69,7 +73,7 @@ class Calibration:
             raise ValueError(f"score: expected one of {', '.join(SCORE_KINDS)}; got {self.score!r}")
         if self.level not in LEVELS:
             raise ValueError(f"level: expected one of {', '.join(LEVELS)}; got {self.level!r}")
-        if not math.isfinite(self.threshold):
+        if not _is_finite(self.threshold):
             raise ValueError(f"threshold: expected a finite number, got {self.threshold}")
         if not 0 < self.target_false_positive_rate < 1:
             raise ValueError(
@@ -83,8 +87,11 @@ class Calibration:
                     "quantiles: expected pairs of a probability between 0 and 1 and a finite "
                     f"score, both rising; got {pairs}"
                 )
-        if not 1 <= self.correlation < math.inf:
+        if not (_is_finite(self.correlation) and self.correlation >= 1):
             raise ValueError(f"correlation: expected at least 1, got {self.correlation}")
+        if not _is_whole(self.samples, 0, 2**63):
+            raise ValueError(f"samples: expected a number of them, got {self.samples!r}")
+        _check_settings(self.settings)
 
     @property
     def score_meaning(self) -> str:
@@ -104,6 +111,46 @@ class Calibration:
         )
         median = dict(self.quantiles).get(0.5)
         return text if median is None else f"{text} (half of them score at most {median:.4g})"
+
+
+def _check_settings(settings: Any) -> None:
+    """Raises ValueError for a setting that scoring cannot take; unknown ones may be anything."""
+    if not isinstance(settings, dict):
+        raise ValueError(f"settings: expected names with values, got {type(settings).__name__}")
+    check_frame_reduce(settings.get("frame_reduce", "max"), settings.get("top_k", 3))
+    check_size("smoothing", settings.get("smoothing", 1))
+    for name, choices in (("edge", EDGES), ("frames", FRAMES)):
+        if name in settings and settings[name] not in choices:
+            raise ValueError(
+                f"{name}: expected one of {', '.join(choices)}; got {settings[name]!r}"
+            )
+    for name in ("patch_size", "stride"):
+        size = settings.get(name)
+        sides = size if isinstance(size, (list, tuple)) else (size, size)
+        if size is not None and not (
+            len(sides) == 2 and all(_is_whole(side, 1, LARGEST_WIDTH) for side in sides)
+        ):
+            raise ValueError(
+                f"{name}: expected one or two sides of 1 to {LARGEST_WIDTH} pixels, got {size!r}"
+            )
+    gate = settings.get("gate_threshold")
+    if gate is not None and not (_is_finite(gate) and gate >= 0):
+        raise ValueError(f"gate_threshold: expected gray levels from 0 up or None, got {gate!r}")
+    if not isinstance(settings.get("precision", ""), str):
+        raise ValueError(f"precision: expected its name, got {settings['precision']!r}")
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number that a float can hold."""
+    try:
+        return not isinstance(value, bool) and math.isfinite(value)
+    except (TypeError, OverflowError):
+        return False
+
+
+def _is_whole(value: Any, smallest: int, largest: int) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole and smallest <= value <= largest
 
 
 def save_tensors(
@@ -186,14 +233,31 @@ def save(
     save_tensors(path, weights, metadata)
 
 
+def _header(text: str) -> Any:
+    """JSON out of a file's header; ValueError for what no header of ours holds."""
+    try:
+        return json.loads(text, parse_int=_parse_whole)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _parse_whole(digits: str) -> int:
+    value = int(digits)
+    if abs(value) >= 2**63:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return value
+
+
 def parse_config(path: str | os.PathLike[str], text: str | None) -> ModelConfig:
     """The configuration in a file's header; UserError when it is none of ours."""
     try:
-        fields = json.loads(text or "")
+        fields = _header(text or "")
         for name in ("image_size", "encoder", "distorter", "decoder"):
             fields[name] = tuple(fields[name])
         config = ModelConfig(**fields)
         numbers = (*config.image_size, *config.encoder, *config.distorter, *config.decoder)
+        if config.preset not in PRESETS:
+            raise ValueError(f"preset: expected one of {', '.join(PRESETS)}; got {config.preset!r}")
         if max(*numbers, config.latent, config.channels) > LARGEST_WIDTH:
             raise ValueError(f"a size above {LARGEST_WIDTH}")
         return config
@@ -232,14 +296,14 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> AL
     model.load_state_dict(tensors, assign=True)
     if "calibration" in metadata:
         try:
-            model.calibration = Calibration(**json.loads(metadata["calibration"]))
+            model.calibration = Calibration(**_header(metadata["calibration"]))
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}: its calibration is not valid ({error})") from error
     if "quantization" in metadata:
         from fastalps.quantization import Quantization
 
         try:
-            model.quantization = Quantization(**json.loads(metadata["quantization"]))
+            model.quantization = Quantization(**_header(metadata["quantization"]))
             model.quantization.check(model)
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}: its quantization is not valid ({error})") from error

@@ -227,8 +227,6 @@ class Detector:
         }
         if config.latent is not None:
             overrides["latent"] = config.latent
-        if config.batch_size == 1:
-            raise ValueError("batch_size must be at least 2, which batch norm needs, got 1")
         training = TrainConfig(
             epochs=config.epochs,
             batch_size=config.batch_size,

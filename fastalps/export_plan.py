@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ from fastalps.checkpoint import SCORE_KINDS
 from fastalps.errors import UserError
 from fastalps.export_networks import FrameGraph, ImageGraph
 from fastalps.gate import MotionGate
-from fastalps.inputs import pair
+from fastalps.inputs import by, pair
+from fastalps.memory import check_memory
 from fastalps.models import ALPS
 
 FORMAT = "fastalps-export"
@@ -23,6 +25,8 @@ VERSION = "1"
 PIXELS = {"uint8": torch.uint8, "float32": torch.float32}
 # How far a file's scores may be from the model's, relative to them.
 TOLERANCE = 1e-5
+# That a file is compared on at a time.
+MOST_ITEMS = 3
 
 
 class Plan:
@@ -76,6 +80,7 @@ class Plan:
         self.patch = pair(model.config.image_size)
         self.stride = pair(stride if stride is not None else stored or self.patch)
         self.edge = edge or settings.get("edge", "cover")
+        self._check_memory()
         self.grid = ops.patch_grid(self.frame_size, self.patch, self.stride, self.edge)
         if gate:
             self.gate_threshold = settings.get("gate_threshold")
@@ -90,6 +95,19 @@ class Plan:
                     f"{pixels} and {model.config.channels} channel(s)"
                 )
         self.graph = FrameGraph(model, score, PIXELS[pixels], *self.grid, self.gate_threshold)
+
+    def _check_memory(self) -> None:
+        """Raises UserError for frames whose patches the comparison with the model cannot hold."""
+        assert self.frame_size is not None
+        sizes = zip(self.frame_size, self.patch, self.stride, strict=True)
+        # At the least; of a stride that is none, `patch_grid` tells more.
+        patches = math.prod(max(0, size - patch) // max(1, step) + 1 for size, patch, step in sizes)
+        pixels = patches * math.prod(self.patch) * self.model.config.channels
+        check_memory(
+            f"the patches of {MOST_ITEMS} frames of {by(self.frame_size)} take",
+            MOST_ITEMS * pixels * torch.float32.itemsize,
+            "give a smaller frame_size or a larger stride",
+        )
 
     def example(self, count: int = 2, seed: int = 0) -> dict[str, Tensor]:
         """Inputs of `count` items with random pixels, by name."""
@@ -152,7 +170,7 @@ class Plan:
     def compare(self, run: Callable[[dict[str, Tensor]], Tensor]) -> float:
         """The largest relative difference of what `run` gives; UserError above `TOLERANCE`."""
         worst = 0.0
-        for count in (1, 3):
+        for count in (1, MOST_ITEMS):
             inputs = self.example(count, seed=count)
             expected, found = self.expected(inputs).double(), run(inputs).double()
             if expected.shape != found.shape or not torch.isfinite(found).all():

@@ -42,6 +42,12 @@ class Agreement:
     correlation: float
     difference: float
 
+    def __post_init__(self) -> None:
+        for name in ("correlation", "difference"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)):
+                raise ValueError(f"{name}: expected a number, got {value!r}")
+
     @property
     def close(self) -> bool:
         """Whether precision="auto" may choose it."""

@@ -5,6 +5,7 @@ The sign is scikit-learn's: `score_samples` and `decision_function` are higher f
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,7 +91,8 @@ class ALPSDetector(OutlierMixin, BaseEstimator):
         Raises:
             ValueError: an option out of its range, X of a wrong shape, NaN or infinite values.
         """
-        if not 0 < self.contamination <= 0.5:
+        number = isinstance(self.contamination, numbers.Real)
+        if not number or not 0 < self.contamination <= 0.5:
             raise ValueError(f"contamination must be in (0, 0.5], got {self.contamination!r}")
         rows, shape = self._rows(X, reset=True)
         self.detector_ = Detector(rows, shape, config_of(self), seed_of(self.random_state))

@@ -13,7 +13,8 @@ from fastalps import ALPS, Calibration
 from fastalps.checkpoint import read_tensors
 from fastalps.errors import UserError
 
-CALIBRATION = Calibration(0.0125, "average", "frame", 0.05, 300, {"stride": [30, 30]})
+SETTINGS = {"stride": [30, 30], "of a later version": {"any": 1}}
+CALIBRATION = Calibration(0.0125, "average", "frame", 0.05, 300, SETTINGS)
 
 
 def trained(**options) -> fastalps.ALPS:
@@ -106,7 +107,22 @@ def edit(key, **values):
         (edit("config", latent=10**12), "a size above 65536"),
         (edit("config", image_size=[10**9, 10**9]), "a size above 65536"),
         (edit("config", surprise=1), "surprise"),
+        (edit("config", preset="giant"), "preset: expected one of paper, .*; got 'giant'"),
+        (edit("config", strength=10**400), "a number of 401 digits"),
+        (lambda t, m: m.update(config="[" * 200_000), "configuration is not .*nested too deeply"),
+        (lambda t, m: m.update(calibration="[" * 200_000), "calibration is not .*nested"),
+        (lambda t, m: m.update(quantization="[" * 200_000), "quantization is not .*nested"),
+        (
+            lambda t, m: m.update(
+                quantization='{"ranges": [], "images": 4, "agreement": '
+                '{"bf16": {"correlation": "x", "difference": 0}}}'
+            ),
+            "quantization is not valid .correlation: expected a number, got 'x'",
+        ),
         (edit("calibration", threshold="high"), "calibration is not valid"),
+        (edit("calibration", threshold=10**400), "calibration is not valid"),
+        (edit("calibration", settings=[]), "settings: expected names with values, got list"),
+        (edit("calibration", samples="x"), "samples: expected a number of them, got 'x'"),
         (edit("calibration", level="galaxy"), "calibration is not valid"),
     ],
 )
@@ -141,7 +157,22 @@ def test_folder_that_does_not_exist(tmp_path) -> None:
         ({"score": "best"}, "score: expected one of"),
         ({"level": "video"}, "level: expected one of"),
         ({"threshold": float("inf")}, "threshold: expected a finite"),
+        ({"threshold": 10**400}, "threshold: expected a finite"),
         ({"target_false_positive_rate": 1.0}, "between 0 and 1"),
+        ({"correlation": 10**400}, "correlation: expected at least 1"),
+        ({"samples": 1.5}, "samples: expected a number of them"),
+        ({"settings": "x"}, "settings: expected names with values, got str"),
+        ({"settings": {"gate_threshold": "x"}}, "gate_threshold: expected gray levels"),
+        ({"settings": {"gate_threshold": [1]}}, "gate_threshold: expected gray levels"),
+        ({"settings": {"stride": 7.5}}, "stride: expected one or two sides"),
+        ({"settings": {"stride": [10**30, 1]}}, "stride: expected one or two sides"),
+        ({"settings": {"patch_size": [1, 2, 3]}}, "patch_size: expected one or two sides"),
+        ({"settings": {"edge": "wrap"}}, "edge: expected one of cover"),
+        ({"settings": {"frames": "depth"}}, "frames: expected one of gray, motion"),
+        ({"settings": {"frame_reduce": "median"}}, "frame_reduce must be one of"),
+        ({"settings": {"top_k": 0}}, "top_k must be"),
+        ({"settings": {"smoothing": 2}}, "smoothing: expected an odd number"),
+        ({"settings": {"precision": 16}}, "precision: expected its name"),
     ],
 )
 def test_wrong_calibration(fields, message) -> None:

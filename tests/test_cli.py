@@ -169,6 +169,18 @@ def test_score_images(run, tmp_path, capsys) -> None:
     summary = json.loads((out / "summary.json").read_text())["metrics"]
     assert summary["images"] == 12 and "held-out normal images" in summary["threshold_means"]
     assert "images/s" in capsys.readouterr().out
+    # In the folder of results of a video, none of them stays; inside of the input they would be
+    # taken for images.
+    for name in ("report.html", "scores.jsonl", "annotated.partial.mp4", "mine.html"):
+        (out / name).write_text("x")
+    assert score.main([str(run), str(images), "--out", str(out)]) == 0
+    assert {p.name for p in out.iterdir()} == {
+        *("scores.csv", "timeline.png", "summary.json", "mine.html")
+    }
+    for inside in (images, images / "scored"):
+        assert score.main([str(run), str(images), "--out", str(inside)]) == 2
+        assert "--out must lie outside of the input" in one_line(capsys)
+    assert len(list(images.iterdir())) == 13
     # One image, by the file of the model, with a threshold of one's own.
     lone = [str(run / "model.safetensors"), str(images / "3.png"), "--out", str(tmp_path / "one")]
     assert score.main([*lone, "--threshold", "0"]) == 0
@@ -195,6 +207,30 @@ def test_folder_of_images(tmp_path, rng) -> None:
     assert record["metrics"]["threshold"]["false_positive_rate"] is not None
 
 
+def test_images_that_the_memory_cannot_hold(tmp_path, rng, capsys) -> None:
+    for name in ("good", "bad"):
+        for i, image in enumerate(bytes_of((6, 8, 8), rng)):
+            save(tmp_path / name / f"{i}.png", image)
+    out = tmp_path / "run"
+    base = ["--dataset", "folder", "--root", str(tmp_path), "--out", str(out)]
+    for size in ("1000000", "9" * 400):
+        assert train.main([*base, "--image-size", size]) == 2
+        assert "decoded, the 12 images take" in one_line(capsys) and not out.exists()
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda: np.empty(2**60, dtype=np.uint8),
+        lambda: torch.empty(2**60, dtype=torch.uint8),
+        lambda: bytearray(2**60),
+    ],
+)
+def test_too_little_memory_is_told_in_one_line(capsys, allocate) -> None:
+    assert command.run("x", lambda _: allocate(), []) == 2
+    assert "the machine has too little memory" in one_line(capsys)
+
+
 def test_demo(tmp_path, capsys, monkeypatch) -> None:
     def brief(arguments):
         train.train([*arguments, "--epochs", "2"])
@@ -219,8 +255,13 @@ def test_demo(tmp_path, capsys, monkeypatch) -> None:
         ([*DIGITS, "--preset", "huge"], "preset: expected one of paper"),
         ([*DIGITS, "--epochs", "none"], "epochs"),
         ([*DIGITS, "--epochs", "0"], "epochs: expected an integer of at least 1"),
+        ([*DIGITS, "--batch-size", "1"], "batch_size: expected at least 2, which batch norm needs"),
         ([*DIGITS, "--epoch", "1"], "--epoch"),
+        ([*DIGITS, "--latent", "100000000000"], "latent must be at most 65536, got 100000000000"),
+        ([*DIGITS, "--encoder", "[8,8,1000000]"], "encoder must be at most 65536, got 1000000"),
         ([*DIGITS, "--target-fpr", "2"], "target_fpr must be between 0 and 1"),
+        ([*DIGITS, "--frame-reduce", "median"], "frame_reduce must be one of max, mean, topk"),
+        ([*DIGITS, "--top-k", "0"], "top_k must be a number of patches from 1 up, got 0"),
         ([*DIGITS, "--device", "cuda:99"], "device: cuda:99 is not here"),
         ([*DIGITS, "--select", "auroc", "--protocol", "strict"], "needs anomalies"),
         ([*DIGITS, "--resume"], "holds no run to resume"),
@@ -283,8 +324,12 @@ def test_no_output_folder(tmp_path, capsys) -> None:
 
 
 def test_broken_configuration(tmp_path, capsys) -> None:
-    for text, message in (("epochs: [1\n", "config"), ("epoch: 1\n", "'epoch' is not accepted")):
-        (tmp_path / "bad.yaml").write_text(text)
+    for content, message in (
+        (b"epochs: [1\n", "config"),
+        (b"epoch: 1\n", "'epoch' is not accepted"),
+        (b"root: \xc1\n", f"expected YAML in UTF-8, but {tmp_path / 'bad.yaml'} holds other bytes"),
+    ):
+        (tmp_path / "bad.yaml").write_bytes(content)
         arguments = ["--config", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "run")]
         assert train.main(arguments) == 2
         assert message in one_line(capsys)

@@ -141,6 +141,26 @@ def test_pixel_kinds(tmp_path: Path, rng: torch.Generator) -> None:
         read_images(tmp_path)
 
 
+def test_too_little_memory_for_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    save(tmp_path / "a.png", np.zeros((8, 8), dtype=np.uint8))
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(UserError, match=r"a\.png takes more memory than there is"):
+        read_images(tmp_path, channels=3)
+
+
+@pytest.mark.parametrize("maximum", [65535, 4095])
+def test_16_bit_pgm(tmp_path: Path, rng: torch.Generator, maximum: int) -> None:
+    wide = torch.randint(maximum + 1, (5, 6), generator=rng).numpy()
+    pixels = wide.astype(">u2").tobytes()
+    (tmp_path / "a.pgm").write_bytes(f"P5 6 5 {maximum}\n".encode() + pixels)
+    found = read_images(tmp_path)[0][0, 0].numpy()
+    # Pillow rounds to 16 bits before that.
+    assert np.abs(found - wide * (255 / maximum)).max() <= 0.51
+
+
 def test_gray_of_a_color_jpeg_is_its_luma(tmp_path: Path, rng: torch.Generator) -> None:
     # Muted colours: none is clipped on its way to RGB, so luma and the gray of that RGB differ by
     # two roundings, each of at most one half.

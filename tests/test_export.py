@@ -315,6 +315,15 @@ def test_bad_exports(run, tmp_path, monkeypatch, capsys, make, message) -> None:
     assert {path.name for path in run.iterdir()} <= {"model.safetensors", "other.safetensors"}
 
 
+@pytest.mark.parametrize("size", [["99999999999999999999999x16"], ["20000", "--stride", "1"]])
+def test_frames_that_the_memory_cannot_hold(run, tmp_path, monkeypatch, capsys, size) -> None:
+    monkeypatch.setattr("fastalps.memory.memory_bytes", lambda: 2**30)
+    out = tmp_path / "frames.pt2"
+    arguments = [str(run), "--format", "pt2", "--out", str(out), "--frame-size", *size]
+    assert command.main(arguments) == 2
+    assert "the patches of 3 frames of" in one_line(capsys) and not out.exists()
+
+
 def foreign(run: Path) -> Path:
     path = run / "other.safetensors"
     path.write_bytes(b"\x80\x04not a model")

@@ -319,6 +319,11 @@ def test_just_images(task) -> None:
         assert math.isfinite(result.history[-1]["normal_error"])
 
 
+def test_gray_levels_that_are_no_bytes_are_warned_of(rng) -> None:
+    with pytest.warns(UserWarning, match=r"expected in \[0, 1\], got .*divide them by 255"):
+        Trainer(SHORT, progress=False).prepare(small_model(), stripes(20, True, rng).float())
+
+
 def test_float_and_uint8_images_train_alike(task) -> None:
     assert not changed(weights(fit(task.train).model), fit(task.train / 255).model)
 
@@ -337,6 +342,15 @@ def test_float_and_uint8_images_train_alike(task) -> None:
 def test_wrong_images(images, message) -> None:
     with pytest.raises(ValueError, match=message):
         fit(images)
+
+
+def test_batches_of_one_where_batch_norm_needs_more(rng) -> None:
+    config, images = dataclasses.replace(SHORT, epochs=1, batch_size=1), stripes(4, True, rng)
+    trainer = Trainer(config, progress=False)
+    with pytest.raises(ValueError, match=r"batch_size: expected at least 2.* as small as 8 x 8"):
+        trainer.fit(small_model(), images)
+    trainer.fit(small_model(batch_norm=False), images)
+    trainer.fit(ALPS(17, 1, "fast", latent=4), torch.rand(4, 1, 17, 17))
 
 
 @pytest.mark.parametrize("images", [[1, 2], torch.zeros(4, 1, 8, 8, dtype=torch.int64)])

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -208,6 +209,28 @@ def test_a_video_scores_as_its_frames_do(run, tmp_path, capsys) -> None:
     assert summary["frames"] == FRAMES and summary["complete"] and summary["dropped_frames"] == 0
 
 
+@pytest.mark.skipif(os.name == "nt", reason="has no /dev/fd")
+def test_a_pipe_is_read_once(run, tmp_path) -> None:
+    content = write(tmp_path / "a.mkv", scene()).read_bytes()
+    source, sink = os.pipe()
+
+    def fill() -> None:
+        with os.fdopen(sink, "wb") as pipe:
+            pipe.write(content)
+
+    writer = threading.Thread(target=fill)
+    writer.start()
+    try:
+        assert score.main([str(run), f"/dev/fd/{source}", "--out", str(tmp_path / "out")]) == 0
+    finally:
+        os.close(source)
+        writer.join()
+    # A gate without a background learns it from the first chunk, here the whole.
+    assert score.main([str(run), str(tmp_path / "a.mkv"), "--out", str(tmp_path / "file")]) == 0
+    piped, whole = (rows_of(tmp_path / name / "scores.csv") for name in ("out", "file"))
+    assert [row["score"] for row in piped] == [row["score"] for row in whole]
+
+
 # A transport stream states no duration: it is no live stream for all that.
 @pytest.mark.parametrize(("name", "codec"), [("a.mp4", "mpeg4"), ("a.ts", "mpeg2video")])
 def test_a_stream_over_http_scores_as_the_file(tmp_path, name: str, codec: str) -> None:
@@ -269,6 +292,54 @@ def test_attempts_to_connect_again_are_limited(tmp_path, monkeypatch, capsys, gr
         server.close()
         with pytest.raises(UserError, match="2 attempts to connect again failed"):
             list(chunks)
+
+
+def test_results_replace_those_of_another_input_and_nothing_else(
+    tmp_path, capsys, gray_run
+) -> None:
+    def scored(source: Path, *options: str) -> int:
+        return score.main([str(gray_run), str(source), "--out", str(out), *options])
+
+    def names() -> set[str]:
+        return {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+
+    out, first = tmp_path / "out", write(tmp_path / "a.mkv", scene())
+    second = write(tmp_path / "b.mkv", scene(6))
+    assert scored(first, "--annotated", "--overlays", "5") == 0
+    before = names()
+    assert {"annotated.mp4", "report.html"} <= before and len(before) == 6 + 5
+    # As a run that broke off leaves them, and files of the user's own.
+    for name in before - {name for name in before if "/" in name}:
+        (out / name).with_suffix(f".partial{Path(name).suffix}").write_text("x")
+    mine = {"notes.txt", "more.partial.csv", "overlays/mine.png"}
+    for name in mine:
+        (out / name).write_text("mine")
+    before = names()
+    # What cannot be read leaves all as it was.
+    (tmp_path / "junk.mkv").write_bytes(b"junk" * 100)
+    for source in (tmp_path / "junk.mkv", tmp_path / "absent.mkv"):
+        assert scored(source) == 2
+        assert names() == before
+    assert scored(second, "--overlays", "1") == 0
+    plain = {"scores.csv", "scores.jsonl", "timeline.png", "summary.json", "report.html"}
+    overlay = {name for name in names() if name.startswith("overlays/0")}
+    assert names() == plain | mine | overlay and len(overlay) == 1
+    assert len(rows_of(out / "scores.csv")) == 6
+
+
+def test_results_apart_from_the_input(tmp_path, capsys, gray_run) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    video = write(tmp_path / "a.mkv", scene(6)).rename(out / "annotated.mp4")
+    (out / "overlays").mkdir()
+    for source, message in (
+        (video, "is among the results"),
+        (out / "overlays", "is among the results"),
+        (out, "--out must lie outside of the input"),
+    ):
+        assert score.main([str(gray_run), str(source), "--out", str(out)]) == 2
+        assert message in error_of(capsys)
+    assert {path.name for path in out.iterdir()} == {"annotated.mp4", "overlays"}
 
 
 # Bad input --------------------------------------------------------------------------------------
@@ -509,7 +580,7 @@ def test_bad_training_videos(tmp_path, capsys, monkeypatch) -> None:
     (root / "b.mkv").write_bytes(b"junk" * 100)
     fails("b.mkv")
     (root / "b.mkv").unlink()
-    monkeypatch.setattr("fastalps.data.video_clips._memory_bytes", lambda: 1000)
+    monkeypatch.setattr("fastalps.memory.memory_bytes", lambda: 1000)
     fails("of memory")
 
 

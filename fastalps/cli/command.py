@@ -9,14 +9,12 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-import torch
-
 from fastalps.cli.entry import INTERRUPTED
 from fastalps.errors import BackendUnavailable, UserError
 from fastalps.files import discard_output
+from fastalps.memory import memory_text
 
 USAGE_ERROR = 2
-OUT_OF_MEMORY = "the device has too little memory; lower batch_size"
 
 
 class Interrupted(Exception):
@@ -56,10 +54,13 @@ def run(name: str, body: Callable[[Sequence[str]], None], arguments: Sequence[st
             return INTERRUPTED
         except Told:
             return USAGE_ERROR
-        except torch.OutOfMemoryError:
-            return _fail(name, OUT_OF_MEMORY)
         except (UserError, ValueError, BackendUnavailable, OSError) as error:
             return _fail(name, str(error) or type(error).__name__)
+        except (MemoryError, RuntimeError) as error:
+            text = memory_text(error)
+            if text is None:
+                raise
+            return _fail(name, text)
     return 0
 
 

@@ -107,7 +107,8 @@ class Source:
             return still_background(size) if moving else clip_background(sample)
         if moving:
             return still_background(self.video.frame_size)
-        if self.live or is_url(self._path):
+        # What a pipe has given it does not give again.
+        if self.live or not os.path.isfile(self._path):
             return None
         seen = video_sample(self._path, CLIP_SAMPLES, BACKGROUND_FRAMES)
         return None if seen is None else clip_background(seen)

@@ -8,14 +8,16 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeVar
 
+from fastalps.checkpoint import FRAMES, LARGEST_WIDTH
 from fastalps.errors import UserError
+from fastalps.frame_scores import check_frame_reduce
 
 VIDEO_DATASETS = ("ucsd-ped1", "ucsd-ped2", "video")
 IMAGE_DATASETS = ("digits", "mnist", "fashion-mnist", "folder")
 DATASETS = (*IMAGE_DATASETS, *VIDEO_DATASETS)
-FRAMES = ("gray", "motion")
 
 Options = TypeVar("Options")
 
@@ -88,6 +90,13 @@ class ModelOptions:
     batch_norm: bool = True
     smoothing: int = 1
 
+    def __post_init__(self) -> None:
+        for name in ("latent", "encoder", "distorter", "decoder"):
+            value = getattr(self, name)
+            widest = max(value, default=0) if isinstance(value, list) else value or 0
+            if widest > LARGEST_WIDTH:
+                raise UserError(f"{name} must be at most {LARGEST_WIDTH}, got {widest}")
+
     def overrides(self) -> dict[str, Any]:
         """Keyword arguments of `fastalps.ALPS` besides image size, channels and preset."""
         fields = dataclasses.asdict(self)
@@ -118,6 +127,8 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         if not 0 < self.target_fpr < 1:
             raise UserError(f"target_fpr must be between 0 and 1, got {self.target_fpr}")
+        # Nothing else needs them before the model is trained.
+        check_frame_reduce(self.frame_reduce, self.top_k)
 
 
 @dataclass(frozen=True)
@@ -212,6 +223,17 @@ def parse(parser: Any, arguments: Sequence[str]) -> Any:
         text = re.sub(r"Parser key \"(\w+)\"", r"\1", " ".join(lines)) or "wrong arguments"
         text = _OPTIONAL.sub(r"Expected a <class '\1'> or null. Got value: \2", text)
         raise UserError(f"{text}; see {parser.prog} --help") from error
+    except UnicodeDecodeError as error:
+        files = " or ".join(_config_files(arguments))
+        raise UserError(
+            f"config: expected YAML in UTF-8, but {files} holds other bytes ({error.reason}); save "
+            "it as UTF-8"
+        ) from error
+
+
+def _config_files(arguments: Sequence[str]) -> list[str]:
+    files = [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
+    return files + [value for flag, value in pairwise(arguments) if flag == "--config"]
 
 
 def _hyphened(argument: str) -> str:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # Frames are small: drawn larger, their text can be read.
 SMALLEST_SIDE = 480
 HEADER = 22
+# In the files, to tell them from other pictures.
+_MARK = ("Software", "fastalps-score")
 FLAGGED, QUIET = (197, 48, 48), (90, 90, 90)
 
 
@@ -130,5 +132,22 @@ def titled_overlay(frame: Frame) -> Image.Image:
 
 def draw_overlay(folder: Path, frame: Frame) -> None:
     """Writes `titled_overlay` as `<name>.png` into `folder`."""
+    from PIL.PngImagePlugin import PngInfo
+
+    mark = PngInfo()
+    mark.add_text(*_MARK)
     with atomic_path(folder / f"{Path(frame.name).stem}.png") as temporary:
-        titled_overlay(frame).save(temporary)
+        titled_overlay(frame).save(temporary, pnginfo=mark)
+
+
+def is_overlay(path: Path) -> bool:
+    """Whether `draw_overlay` wrote this file."""
+    from PIL import Image
+
+    key, value = _MARK
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            return picture.info.get(key) == value
+    # Whatever Pillow says of it, it is another's.
+    except Exception:
+        return False

@@ -12,8 +12,10 @@ from fastalps import distributed, environment
 from fastalps.checkpoint import Calibration
 from fastalps.cli import command, figures, run_folder, shared_scoring
 from fastalps.cli.frame_sources import Source
+from fastalps.cli.old_results import check_apart, remove_results
 from fastalps.cli.options import ScoreOptions, make_parser, parse, pick
-from fastalps.cli.score_frames import SUMMARY, TIMELINE, Extras, score_source, threshold_of
+from fastalps.cli.score_files import SUMMARY, TIMELINE
+from fastalps.cli.score_frames import Extras, score_source, threshold_of
 from fastalps.cli.score_profile import READ, SCORE, START, WRITE, Profile
 from fastalps.cli.score_summary import Watch
 from fastalps.data import read_images
@@ -46,8 +48,8 @@ any size from a patch up. Videos need PyAV: pip install 'fastalps[video]'. DIR g
 (name, score, flagged), timeline.png, summary.json and, for video, scores.jsonl, overlays/ (the
 frames with the highest scores under their heatmaps) and report.html, which holds all of it for a
 browser. Scores of video are written as they come, to scores.partial.csv and .jsonl until all are
-there. Flagged is what scores above the threshold that the run set on held-out normal data; a line
-warns where the scores have drifted from that data's."""
+there. They replace those of an earlier run in DIR. Flagged is what scores above the threshold that
+the run set on held-out normal data; a line warns where the scores have drifted from that data's."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,6 +116,7 @@ def _score(
     # What threads and the device do is timed on demand.
     details = times if namespace.profile else None
     scorer.times = details
+    check_apart(namespace.input, namespace.out, searched=calibration.level == "image")
     if calibration.level == "image":
         if is_url(namespace.input) or namespace.realtime or namespace.annotated:
             raise UserError(
@@ -189,6 +192,7 @@ def _score_images(
         (name, float(value), bool(flag))
         for name, value, flag in zip(names, scores, flagged, strict=True)
     ]
+    remove_results(folder)
     run_folder.write_scores(folder / run_folder.SCORES, ("image", "score", "flagged"), rows)
     figures.timeline(folder / TIMELINE, scores, calibration, threshold, f"{source.name}: scores")
     rate = len(scores) / times.wall[SCORE]

@@ -13,6 +13,9 @@ from fastalps.cli.run_folder import SCORES, cell
 from fastalps.errors import UserError
 
 LINES = "scores.jsonl"
+OVERLAYS = "overlays"
+TIMELINE = "timeline.png"
+SUMMARY = "summary.json"
 
 
 def partial(path: Path) -> Path:

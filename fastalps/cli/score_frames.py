@@ -18,10 +18,11 @@ from fastalps.checkpoint import Calibration
 from fastalps.cli import command, figures, run_folder, shared_scoring
 from fastalps.cli.annotate import ANNOTATED, AnnotatedVideo
 from fastalps.cli.frame_sources import Chunk, Source
+from fastalps.cli.old_results import remove_results
 from fastalps.cli.options import ScoreOptions
 from fastalps.cli.overlays import Frame, WorstFrames, draw_overlay
 from fastalps.cli.report import REPORT, report_page_of
-from fastalps.cli.score_files import LINES, ScoreFiles, partial
+from fastalps.cli.score_files import LINES, OVERLAYS, SUMMARY, TIMELINE, ScoreFiles, partial
 from fastalps.cli.score_profile import FINISH, MOTION, READ, SCORE, START, WRITE, Profile
 from fastalps.cli.score_summary import ScoreSummary, Watch
 from fastalps.data import motion_frames
@@ -32,9 +33,6 @@ from fastalps.gate import MotionGate
 from fastalps.scoring import Scorer
 from fastalps.stage_times import StageTimes
 
-OVERLAYS = "overlays"
-TIMELINE = "timeline.png"
-SUMMARY = "summary.json"
 # Frames in the report; of a source that states no frame rate, one of so many.
 REPORTED = 12
 SPACING = 25
@@ -186,6 +184,9 @@ class FrameRun:
         scores = result.frames.cpu()
         self.watch.add(level_scores(result, self.calibration.level))
         offset = self.summary.frames
+        if not offset:
+            # Not before: what fails at the input leaves all as it was.
+            remove_results(self.folder)
         self.summary.add(scores)
         times = ((),) * len(scores) if self.source.video is None else zip(chunk.times)
         self.files.write(

@@ -26,6 +26,7 @@ from fastalps.distributed import Message
 from fastalps.errors import BackendUnavailable, UserError
 from fastalps.frame_scores import FrameScores
 from fastalps.gate import StreamingBackground
+from fastalps.memory import memory_text
 from fastalps.scoring import Scorer
 
 # Bytes of images that a process gets at a time.
@@ -209,8 +210,8 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _explained(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
-        return command.OUT_OF_MEMORY
+    if text := memory_text(error):
+        return text
     if not isinstance(error, (ValueError, OSError, BackendUnavailable)):
         # A fault of the program: here alone it is known where.
         traceback.print_exc()

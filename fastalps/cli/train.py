@@ -44,7 +44,7 @@ from fastalps.protocols import motion_baseline
 from fastalps.quantization import LEAST_IMAGES as LEAST_TO_QUANTIZE
 from fastalps.quantization import quantize
 from fastalps.training import FitResult, TensorBoardLogger, TrainConfig, Trainer
-from fastalps.training.trainer import CHECKPOINT, choose_device
+from fastalps.training.trainer import CHECKPOINT, check_images, choose_device
 
 NAME = "fastalps-train"
 BOARD = "tensorboard"
@@ -115,6 +115,7 @@ def train(arguments: Sequence[str]) -> None:
             **model_options.overrides(),
         )
         device = choose_device(config)
+        check_images(data.train, model, config)
         if first:
             _store_configuration(parser, options, folder)
             print(

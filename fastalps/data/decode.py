@@ -110,7 +110,9 @@ def read_pixels(path: Path, channels: int = 1, size: tuple[int, int] | None = No
             # of UCSD Ped2 on one AVX2 core: 0.96 s instead of 1.77 s, the same pixels).
             image.draft("L", image.size)
         picture: Image.Image = image
-        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        # Pillow scales a PGM of any other maximum to 65535, too.
+        sixteen = image.mode == "I" and image.format in ("PNG", "PPM")
+        if sixteen or image.mode.startswith("I;16"):
             wide = np.asarray(image).astype(np.uint32)
             picture = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
         elif image.mode in ("I", "F"):
@@ -141,6 +143,11 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         raise SourceError(
             f"{path} is not an image, or damaged or truncated; replace or remove it"
+        ) from error
+    except MemoryError as error:
+        # Of a damaged file, too, whose header tells a wrong size: which of the two is not known.
+        raise SourceError(
+            f"{path} takes more memory than there is, or is damaged; shrink or replace it"
         ) from error
     # Damaged files make Pillow's parsers raise almost anything (struct.error, SyntaxError, ...).
     except Exception as error:

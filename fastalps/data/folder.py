@@ -68,7 +68,8 @@ def load_folder(
 
     Raises:
         UserError: a folder is missing, empty or both normal and anomalous; too few images; a
-            damaged image; images of different sizes and no `image_size`.
+            damaged image; images of different sizes and no `image_size`; more than half of the
+            machine's memory holds.
     """
     check_protocol(protocol)
     generator = random_state(seed)
@@ -86,7 +87,8 @@ def load_folder(
         )
 
     paths = normal + test + anomalous
-    images = decode_images(paths, image_size, channels, workers)
+    # Below they are copied into the parts of the task.
+    images = decode_images(paths, image_size, channels, workers, copies=2)
     train = np.arange(len(normal))
     normal_test = len(normal) + np.arange(len(test))
     anomalies = len(normal) + len(test) + np.arange(len(anomalous))

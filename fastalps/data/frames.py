@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from fastalps.data.decode import (
 )
 from fastalps.data.listing import list_frames, list_images, require_folder
 from fastalps.errors import UserError
+from fastalps.memory import check_memory
 from fastalps.scalars import is_whole
 from fastalps.stage_times import DECODE, StageTimes
 
@@ -180,8 +182,12 @@ def decode_images(
     channels: int | None,
     workers: int | None,
     times: StageTimes | None = None,
+    copies: int = 1,
 ) -> Tensor:
-    """Decodes image files of one size, or resized to one, to uint8 (N, C, H, W)."""
+    """Decodes image files of one size, or resized to one, to uint8 (N, C, H, W).
+
+    Raises UserError as `read_images`, and where the machine cannot hold `copies` of the result.
+    """
     threads = worker_count(workers)
     ahead = _AHEAD_PER_WORKER * threads
     if channels not in (None, 1, 3):
@@ -199,7 +205,10 @@ def decode_images(
                         "set an image size to resize all to"
                     )
             target = headers[0].size
-    images = np.empty((len(paths), channels, *target), dtype=np.uint8)
+    shape = (len(paths), channels, *target)
+    remedy = "use fewer, or a smaller image size"
+    check_memory(f"decoded, the {len(paths)} images take", math.prod(shape), remedy, copies)
+    images = np.empty(shape, dtype=np.uint8)
 
     def decode(path: Path) -> Pixels:
         return read_pixels(path, channels, target)

@@ -14,6 +14,7 @@ from fastalps.data.listing import natural_key, require_folder
 from fastalps.data.video import VideoReader
 from fastalps.data.video_source import VIDEO_SUFFIXES
 from fastalps.errors import UserError
+from fastalps.memory import check_memory
 
 # A single recording is cut into so many clips, of which the last is held out.
 PARTS = 8
@@ -104,12 +105,8 @@ def load_videos(folder: str | os.PathLike[str]) -> list[Clip]:
                 f"{sizes[paths[0]][0]}x{sizes[paths[0]][1]} (height x width); bring the videos to "
                 "one size"
             )
-    memory = _memory_bytes()
-    if memory is not None and needed > memory / 2:
-        raise UserError(
-            f"{folder}: decoded, the videos take {needed / 2**30:.1f} GiB of the "
-            f"{memory / 2**30:.1f} GiB of memory; train on fewer, shorter or smaller ones"
-        )
+    remedy = "train on fewer, shorter or smaller ones"
+    check_memory(f"{folder}: decoded, the videos take", needed, remedy, copies=2)
     clips = [Clip(path.name, read_video(path)) for path in paths]
     if len(clips) > 1:
         return clips
@@ -123,11 +120,3 @@ def load_videos(folder: str | os.PathLike[str]) -> list[Clip]:
         Clip(f"{clips[0].name} part {i + 1}", part)
         for i, part in enumerate(whole.tensor_split(PARTS))
     ]
-
-
-def _memory_bytes() -> int | None:
-    """The machine's memory; None where the system does not tell."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None

@@ -16,6 +16,7 @@ from fastalps import distributed
 from fastalps.data import OneClassData
 from fastalps.environment import find_device, has_fast_bfloat16
 from fastalps.files import make_folder
+from fastalps.inputs import by, check_pixels
 from fastalps.models import ALPS
 from fastalps.training.config import TrainConfig
 from fastalps.training.run import CHECKPOINT, HISTORY, FitResult, Progress, Run
@@ -100,7 +101,7 @@ class Trainer:
         """
         config = self.config
         images = data.train if isinstance(data, OneClassData) else data
-        _check_images(images, model)
+        check_images(images, model, config)
         device = choose_device(config)
         task = data if isinstance(data, OneClassData) else None
         selection = config.selection()
@@ -173,7 +174,8 @@ def choose_device(config: TrainConfig) -> torch.device:
     return device
 
 
-def _check_images(images: object, model: ALPS) -> None:
+def check_images(images: object, model: ALPS, config: TrainConfig) -> None:
+    """Raises ValueError or TypeError for images that this model cannot be trained on so."""
     if not isinstance(images, Tensor):
         raise TypeError(f"data: expected OneClassData or a tensor, got {type(images).__name__}")
     if images.dtype != torch.uint8 and not images.is_floating_point():
@@ -192,8 +194,14 @@ def _check_images(images: object, model: ALPS) -> None:
             f"data: expected at least {smallest} training images, got {len(images)}; "
             "there is nothing to learn from"
         )
-    if images.is_floating_point() and not torch.isfinite(images).all():
-        raise ValueError("data: training images have NaN or infinite pixels; clean them first")
+    # Statistics of one value would make nothing but zeros of it.
+    lone = config.batch_size == 1 and model.config.map_sizes()[-1] == (1, 1)
+    if lone and model.config.batch_norm:
+        raise ValueError(
+            f"batch_size: expected at least 2, which batch norm needs for images as small as "
+            f"{by(model.config.image_size)}, got 1; raise it, or set batch_norm to False"
+        )
+    check_pixels("training images", images)
 
 
 @contextlib.contextmanager
