@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from fastalps import backends, data, metrics, ops, protocols, reference  # noqa: F401
     from fastalps import nn as nn
     from fastalps.backends import use_backend
-    from fastalps.checkpoint import Calibration, load, save
+    from fastalps.calibration import Calibration
+    from fastalps.checkpoint import load, save
     from fastalps.drift import DriftMonitor
     from fastalps.gate import MotionGate
     from fastalps.models import ALPS
@@ -48,7 +49,7 @@ if not (Path(__file__).parent / "kernels").is_dir():
 # Names are imported at first use: `import fastalps` must not cost what a caller does not touch.
 _HOMES = {
     "ALPS": "models",
-    "Calibration": "checkpoint",
+    "Calibration": "calibration",
     "DriftMonitor": "drift",
     "MotionGate": "gate",
     "Quantization": "quantization",

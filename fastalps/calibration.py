@@ -6,20 +6,144 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastalps.checkpoint import LEVELS, Calibration
+from fastalps.frame_scores import check_frame_reduce
 from fastalps.inputs import is_array
+from fastalps.models import check_kind
+from fastalps.scalars import is_whole
+from fastalps.smoothing import check_size
 
+UNITS = {"image": "images", "patch": "patches", "frame": "frames"}
+LEVELS = tuple(UNITS)
+SCORE_MEANING = (
+    "a score is a mean squared error of pixels in [0, 1]: 0 is a perfect reconstruction, higher is "
+    "more anomalous"
+)
+EDGES = ("cover", "drop", "error")
+FRAMES = ("gray", "motion")
+# In a setting; larger ones are no pictures but ways to exhaust the memory of a reader.
+LARGEST_SIDE = 65536
 # Of the held-out normal scores, kept with the threshold.
 QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 
 if TYPE_CHECKING:
     from fastalps.frame_scores import FrameScores
     from fastalps.scoring import Scorer
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A threshold set on held-out normal data; what scores above it is flagged.
+
+    Attributes:
+        threshold: mean squared error of images in [0, 1].
+        score: the kind it is for: "normal", "perturbed" or "average".
+        level: what was scored: "image", "patch" or "frame".
+        target_false_positive_rate: the share of normal samples that may be flagged.
+        samples: how many normal samples it was set on.
+        settings: how they were scored. Always "precision" (str) and "smoothing" (int). Of patches
+            and frames also "patch_size" and "stride" ([height, width]), "edge" (str) and
+            "gate_threshold" (float, None: no gate); of frames "frame_reduce" (str) and "top_k"
+            (int); in runs on video "frames" ("gray" or "motion").
+        quantiles: of their scores: pairs (probability, score), both rising; `fastalps.drift`
+            compares streams with them. Empty in files of before they were kept.
+        correlation: how many successive ones tell as much as one independent one, at least 1.
+    """
+
+    threshold: float
+    score: str
+    level: str
+    target_false_positive_rate: float
+    samples: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    quantiles: tuple[tuple[float, float], ...] = ()
+    correlation: float = 1.0
+
+    def __post_init__(self) -> None:
+        # JSON has lists only.
+        pairs = tuple((float(p), float(score)) for p, score in self.quantiles)
+        object.__setattr__(self, "quantiles", pairs)
+        check_kind("score", self.score)
+        if self.level not in LEVELS:
+            raise ValueError(f"level: expected one of {', '.join(LEVELS)}; got {self.level!r}")
+        if not _is_finite(self.threshold):
+            raise ValueError(f"threshold: expected a finite number, got {self.threshold}")
+        if not 0 < self.target_false_positive_rate < 1:
+            raise ValueError(
+                "target_false_positive_rate: expected between 0 and 1, "
+                f"got {self.target_false_positive_rate}"
+            )
+        for column, (low, high) in enumerate(((0.0, 1.0), (-math.inf, math.inf))):
+            values = [pair[column] for pair in pairs]
+            if values != sorted(values) or not all(low < value < high for value in values):
+                raise ValueError(
+                    "quantiles: expected pairs of a probability between 0 and 1 and a finite "
+                    f"score, both rising; got {pairs}"
+                )
+        if not (_is_finite(self.correlation) and self.correlation >= 1):
+            raise ValueError(f"correlation: expected at least 1, got {self.correlation}")
+        if not is_whole(self.samples, 0) or self.samples > 2**63:
+            raise ValueError(f"samples: expected a number of them, got {self.samples!r}")
+        _check_settings(self.settings)
+
+    @property
+    def score_meaning(self) -> str:
+        """What a score is, without the threshold."""
+        smoothing = self.settings.get("smoothing", 1)
+        if smoothing == 1:
+            return SCORE_MEANING
+        pixels = f"pixels in [0, 1], differences averaged over {smoothing} x {smoothing} of them"
+        return SCORE_MEANING.replace("pixels in [0, 1]", pixels)
+
+    def explain(self) -> str:
+        """What a score is and what the threshold means, in one sentence without a full stop."""
+        rate = 100 * self.target_false_positive_rate
+        text = (
+            f"{self.score_meaning}; above {self.threshold:.6g} it is flagged, which at most "
+            f"{rate:g}% of {self.samples} held-out normal {UNITS[self.level]} are"
+        )
+        median = dict(self.quantiles).get(0.5)
+        return text if median is None else f"{text} (half of them score at most {median:.4g})"
+
+
+def _check_settings(settings: Any) -> None:
+    """Raises ValueError for a setting that scoring cannot take; unknown ones may be anything."""
+    if not isinstance(settings, dict):
+        raise ValueError(f"settings: expected names with values, got {type(settings).__name__}")
+    check_frame_reduce(settings.get("frame_reduce", "max"), settings.get("top_k", 3))
+    check_size("smoothing", settings.get("smoothing", 1))
+    for name, choices in (("edge", EDGES), ("frames", FRAMES)):
+        if name in settings and settings[name] not in choices:
+            raise ValueError(
+                f"{name}: expected one of {', '.join(choices)}; got {settings[name]!r}"
+            )
+    for name in ("patch_size", "stride"):
+        size = settings.get(name)
+        sides = size if isinstance(size, (list, tuple)) else (size, size)
+        if size is not None and not (
+            len(sides) == 2 and all(is_whole(side) and side <= LARGEST_SIDE for side in sides)
+        ):
+            raise ValueError(
+                f"{name}: expected one or two sides of 1 to {LARGEST_SIDE} pixels, got {size!r}"
+            )
+    gate = settings.get("gate_threshold")
+    if gate is not None and not (_is_finite(gate) and gate >= 0):
+        raise ValueError(f"gate_threshold: expected gray levels from 0 up or None, got {gate!r}")
+    if not isinstance(settings.get("precision", ""), str):
+        raise ValueError(f"precision: expected its name, got {settings['precision']!r}")
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number that a float can hold."""
+    try:
+        return not isinstance(value, bool) and math.isfinite(value)
+    except (TypeError, OverflowError):
+        return False
 
 
 def threshold_at(scores: Tensor, target_fpr: float) -> float:

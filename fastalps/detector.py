@@ -27,10 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastalps.checkpoint import SCORE_KINDS
 from fastalps.environment import find_device
 from fastalps.inputs import by, pair
-from fastalps.models import ALPS, SMALLEST_IMAGE, model_config
+from fastalps.models import ALPS, SMALLEST_IMAGE, check_kind, model_config
 from fastalps.scoring import Scorer
 from fastalps.training import TrainConfig, Trainer
 
@@ -214,10 +213,7 @@ class Detector:
         config: DetectorConfig,
         seed: int,
     ) -> None:
-        if config.score_kind not in SCORE_KINDS:
-            raise ValueError(
-                f"score_kind must be one of {', '.join(SCORE_KINDS)}, got {config.score_kind!r}"
-            )
+        check_kind("score_kind", config.score_kind)
         self.score_kind = config.score_kind
         self.layout = Layout.learn(rows, shape, config.image_size)
         channels, height, width = self.layout.shape

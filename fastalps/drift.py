@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalps.calibration import order_statistic
-from fastalps.checkpoint import UNITS, Calibration
+from fastalps.calibration import UNITS, Calibration, order_statistic
 from fastalps.scalars import is_whole
 
 # The quantiles that are watched. Not the far ones: a few anomalies are no drift.

@@ -12,13 +12,12 @@ from torch import Tensor
 
 import fastalps
 from fastalps import ops
-from fastalps.checkpoint import SCORE_KINDS
 from fastalps.errors import UserError
 from fastalps.export_networks import FrameGraph, ImageGraph
 from fastalps.gate import MotionGate
 from fastalps.inputs import by, pair
 from fastalps.memory import check_memory
-from fastalps.models import ALPS
+from fastalps.models import ALPS, check_kind
 
 FORMAT = "fastalps-export"
 VERSION = "1"
@@ -55,8 +54,7 @@ class Plan:
         settings = {} if calibration is None else calibration.settings
         if score is None:
             score = "average" if calibration is None else calibration.score
-        if score not in SCORE_KINDS:
-            raise ValueError(f"score must be one of {', '.join(SCORE_KINDS)}, got {score!r}")
+        check_kind("score", score)
         if pixels not in PIXELS:
             raise ValueError(f"pixels must be one of {', '.join(PIXELS)}, got {pixels!r}")
         if model.config.perturbation == "noise" and score != "normal":

@@ -21,7 +21,7 @@ from fastalps.scalars import is_whole, plain
 from fastalps.smoothing import check_size, reconstruction_errors
 
 if TYPE_CHECKING:
-    from fastalps.checkpoint import Calibration
+    from fastalps.calibration import Calibration
     from fastalps.quantization import Quantization
 
 # Widths of the hidden layers. "paper" keeps the paper's layer counts with the latent size that
@@ -65,6 +65,15 @@ class Scores(NamedTuple):
     normal: Tensor
     perturbed: Tensor
     average: Tensor
+
+
+SCORE_KINDS = Scores._fields
+
+
+def check_kind(name: str, kind: str) -> None:
+    """Raises ValueError unless `kind` is one of the scores."""
+    if kind not in SCORE_KINDS:
+        raise ValueError(f"{name}: expected one of {', '.join(SCORE_KINDS)}; got {kind!r}")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastalps import ops
-from fastalps.checkpoint import SCORE_KINDS
 from fastalps.chunks import PATCH_BYTES
 from fastalps.environment import find_device
 from fastalps.frame_pipeline import FramePipeline
@@ -28,7 +27,7 @@ from fastalps.inputs import (
     to_tensor,
 )
 from fastalps.layers import default_batch_size
-from fastalps.models import ALPS, Scores
+from fastalps.models import ALPS, SCORE_KINDS, Scores, check_kind
 from fastalps.networks import Networks, choose_precision
 from fastalps.passes import Passes, passes_for, pick
 from fastalps.scalars import is_whole
@@ -36,7 +35,7 @@ from fastalps.stage_times import StageTimes
 from fastalps.streaming import Stagings
 
 if TYPE_CHECKING:
-    from fastalps.checkpoint import Calibration
+    from fastalps.calibration import Calibration
 
 
 class Scorer:
@@ -101,7 +100,7 @@ class Scorer:
     ) -> None:
         if not isinstance(model, ALPS):
             raise TypeError(f"model must be an ALPS, got {type(model).__name__}; fastalps.load one")
-        _check_kind(score)
+        check_kind("score", score)
         check_frame_reduce(frame_reduce, top_k)
         self.model = model
         self.score = score
@@ -277,8 +276,3 @@ class Scorer:
         from fastalps.calibration import calibrate
 
         return calibrate(self, normal_data, target_fpr, level)
-
-
-def _check_kind(score: str) -> None:
-    if score not in SCORE_KINDS:
-        raise ValueError(f"score must be one of {', '.join(SCORE_KINDS)}, got {score!r}")

@@ -209,7 +209,7 @@ def test_models_without_an_adversary(rng, perturbation) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"score": "best"}, "score must be one of"),
+        ({"score": "best"}, "score: expected one of"),
         ({"pixels": "int8"}, "pixels must be one of"),
         ({"stride": 4}, "stride is for whole frames"),
         ({"gate": True}, "gate is for whole frames"),
@@ -287,7 +287,7 @@ def test_unchecked_files_say_so(onnx_tools, run, tmp_path, capsys, monkeypatch) 
         (lambda run: [str(run)], "out"),
         (lambda run: [str(run), "--out", "a.pt2"], "named like the format pt2"),
         (lambda run: [str(run), "--out", "a", "--format", "trt"], "format must be one of onnx"),
-        (lambda run: [str(run), "--out", "a.pt2", "--format", "pt2", "--score", "x"], "score must"),
+        (lambda run: [str(run), "--out", "a.pt2", "--format", "pt2", "--score", "x"], "score: expected"),
         (lambda run: [str(run), "--out", "a.onnx", "--frame-size", "0x4"], "frame_size must be"),
         (lambda run: [str(run), "--out", "a.onnx", "--frame-size", "tall"], "frame_size must be"),
         (lambda run: [str(run), "--out", "a.onnx", "--stride", "-3"], "stride must be"),

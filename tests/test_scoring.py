@@ -354,7 +354,7 @@ def test_emulated_bf16_warns(model: ALPS) -> None:
     ("options", "error", "message"),
     [
         ({"precision": "int8"}, ValueError, r"fastalps\.quantize"),
-        ({"score": "best"}, ValueError, "score must be one of normal, perturbed, average"),
+        ({"score": "best"}, ValueError, "score: expected one of normal, perturbed, average"),
         ({"frame_reduce": "min"}, ValueError, "frame_reduce must be one of max, mean, topk"),
         ({"top_k": 0}, ValueError, "top_k must be .* from 1 up, got 0"),
         ({"batch_size": 0}, ValueError, "batch_size must be .* from 1 up, got 0"),

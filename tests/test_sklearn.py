@@ -243,7 +243,7 @@ def test_other_units_than_fitted_are_told(digits) -> None:
         ({"contamination": "auto"}, (4, 64), r"contamination must be in \(0, 0.5\], got 'auto'"),
         ({"epochs": 0}, (4, 64), "epochs: expected an integer of at least 1"),
         ({"batch_size": 1}, (4, 64), "batch_size: expected at least 2, which batch norm needs"),
-        ({"score_kind": "best"}, (4, 64), "score_kind must be one of normal"),
+        ({"score_kind": "best"}, (4, 64), "score_kind: expected one of normal"),
         ({"preset": "huge"}, (4, 64), "preset: expected one of"),
         ({"device": "cuda:99"}, (4, 64), "device: cuda:99 is not here"),
     ],

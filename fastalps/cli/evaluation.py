@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from fastalps import protocols
-from fastalps.checkpoint import SCORE_KINDS, Calibration
+from fastalps.calibration import Calibration
 from fastalps.cli import figures
 from fastalps.cli.options import EvaluationOptions
 from fastalps.data import OneClassData
 from fastalps.errors import UserError
+from fastalps.models import SCORE_KINDS
 from fastalps.scoring import Scorer
 from fastalps.training import FitResult
 

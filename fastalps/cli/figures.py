@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastalps import metrics
-from fastalps.checkpoint import Calibration
+from fastalps.calibration import Calibration
 from fastalps.files import atomic_path
 from fastalps.inputs import unit_pixels
 from fastalps.models import ALPS

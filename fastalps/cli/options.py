@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
 
-from fastalps.checkpoint import FRAMES, LARGEST_WIDTH
+from fastalps.calibration import FRAMES
+from fastalps.checkpoint import LARGEST_WIDTH
 from fastalps.errors import UserError
 from fastalps.frame_scores import check_frame_reduce
 

@@ -6,7 +6,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastalps.checkpoint import Calibration
+from fastalps.calibration import Calibration
 from fastalps.cli import report_page
 from fastalps.cli.overlays import Frame, overlay
 from fastalps.cli.score_summary import ScoreSummary

@@ -9,7 +9,7 @@ from typing import Any
 
 import fastalps
 from fastalps import distributed, environment
-from fastalps.checkpoint import Calibration
+from fastalps.calibration import Calibration
 from fastalps.cli import command, figures, run_folder, shared_scoring
 from fastalps.cli.frame_sources import Source
 from fastalps.cli.old_results import check_apart, remove_results

@@ -13,8 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from fastalps import distributed, environment
-from fastalps.calibration import level_scores
-from fastalps.checkpoint import Calibration
+from fastalps.calibration import Calibration, level_scores
 from fastalps.cli import command, figures, run_folder, shared_scoring
 from fastalps.cli.annotate import ANNOTATED, AnnotatedVideo
 from fastalps.cli.frame_sources import Chunk, Source

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalps.checkpoint import Calibration
+from fastalps.calibration import Calibration
 from fastalps.drift import Drift, DriftMonitor
 from fastalps.errors import UserError
 

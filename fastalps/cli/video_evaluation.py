@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastalps import protocols
-from fastalps.checkpoint import SCORE_KINDS, Calibration
+from fastalps.calibration import Calibration
 from fastalps.cli import figures
 from fastalps.cli.evaluation import (
     Evaluation,
@@ -26,6 +26,7 @@ from fastalps.cli.options import EvaluationOptions
 from fastalps.data import Clip, moving_patches
 from fastalps.frame_scores import FrameScores, reduce_patches
 from fastalps.gate import MotionGate
+from fastalps.models import SCORE_KINDS
 from fastalps.scoring import Scorer
 from fastalps.training import FitResult
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import fastalps
-from fastalps.checkpoint import Calibration
+from fastalps.calibration import Calibration
 from fastalps.cli.frame_sources import Chunk, Source
 from fastalps.cli.options import ScoreOptions
 from fastalps.cli.run_folder import model_path
