@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -20,15 +19,11 @@ import fastalps
 from fastalps import metrics
 from fastalps.cli import command, demo, score, train
 from fastalps.training.trainer import CHECKPOINT
+from tests.commands import error_of, rows_of
 from tests.test_data_images import bytes_of, save
 
 QUICK = ["--preset", "fast", "--latent", "4", "--epochs", "3", "--batch-size", "32"]
 DIGITS = ["--dataset", "digits", "--normal-class", "3", *QUICK]
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +31,6 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "three"
     assert train.main([*DIGITS, "--out", str(folder)]) == 0
     return folder
-
-
-def one_line(capsys) -> str:
-    """The error on the screen: exactly one line, and no traceback."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
-    assert len(lines) == 1
-    return lines[0]
 
 
 def test_run_folder(run) -> None:
@@ -92,7 +80,7 @@ def test_resume_is_bit_for_bit(run, tmp_path) -> None:
 def test_a_run_is_never_overwritten(run, capsys) -> None:
     before = (run / "metrics.json").read_bytes()
     assert train.main([*DIGITS, "--out", str(run)]) == 2
-    assert "already holds a run" in one_line(capsys)
+    assert "already holds a run" in error_of(capsys)
     assert (run / "metrics.json").read_bytes() == before
 
 
@@ -205,16 +193,16 @@ def test_demo(tmp_path, capsys, monkeypatch) -> None:
 def test_bad_training(tmp_path, monkeypatch, capsys, arguments, message) -> None:
     monkeypatch.chdir(tmp_path)
     assert train.main([*arguments, "--out", "run"]) == 2
-    assert message in one_line(capsys)
+    assert message in error_of(capsys)
     assert not list(tmp_path.iterdir())
 
 
 def test_no_output_folder(tmp_path, capsys) -> None:
     assert train.main(DIGITS) == 2
-    assert "out" in one_line(capsys)
+    assert "out" in error_of(capsys)
     (tmp_path / "file").write_text("x")
     assert train.main([*DIGITS, "--out", str(tmp_path / "file" / "run")]) == 2
-    assert "cannot create the folder" in one_line(capsys)
+    assert "cannot create the folder" in error_of(capsys)
 
 
 def test_broken_configuration(tmp_path, capsys) -> None:
@@ -222,7 +210,7 @@ def test_broken_configuration(tmp_path, capsys) -> None:
         (tmp_path / "bad.yaml").write_text(text)
         arguments = ["--config", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "run")]
         assert train.main(arguments) == 2
-        assert message in one_line(capsys)
+        assert message in error_of(capsys)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +235,7 @@ def test_bad_scoring(run, tmp_path, capsys, make, message) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     assert score.main([*make(source, run), "--out", str(out)]) == 2
-    assert message in one_line(capsys)
+    assert message in error_of(capsys)
     assert not out.exists() or not list(out.iterdir())
 
 
@@ -268,7 +256,7 @@ def truncated(folder: Path) -> Path:
 def test_read_only_folder(tmp_path, capsys) -> None:
     tmp_path.chmod(0o500)
     assert train.main([*DIGITS, "--out", str(tmp_path / "run")]) == 2
-    assert "cannot create the folder" in one_line(capsys)
+    assert "cannot create the folder" in error_of(capsys)
 
 
 def test_full_disk(tmp_path, capsys, monkeypatch) -> None:
@@ -277,7 +265,7 @@ def test_full_disk(tmp_path, capsys, monkeypatch) -> None:
 
     monkeypatch.setattr(os, "replace", full)
     assert train.main([*DIGITS, "--out", str(tmp_path / "run")]) == 2
-    assert "No space left on device" in one_line(capsys)
+    assert "No space left on device" in error_of(capsys)
     assert not list((tmp_path / "run").iterdir())
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastalps.data import cache as cache_module
 from fastalps.data import iter_frames, read_frames
 from fastalps.errors import UserError
+from tests import ROOT
 from tests.test_data_images import bytes_of, save
 
 HEIGHT, WIDTH = 9, 13  # not a multiple of 8: packed masks have bits to spare
@@ -208,9 +208,8 @@ def test_processes_that_write_one_cache_at_once(tmp_path: Path, rng: torch.Gener
         "    print(hashlib.sha256(frames.numpy().tobytes()).hexdigest())\n"
     )
     arguments = [sys.executable, "-c", code, str(tmp_path / "v"), str(tmp_path / "cache")]
-    root = Path(cache_module.__file__).parents[2]
     processes = [
-        subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, cwd=root) for _ in range(2)
+        subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)
     ]
     outputs = [process.communicate(timeout=120)[0].split() for process in processes]
     digest = hashlib.sha256(expected.tobytes()).hexdigest()

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests import documentation, documented_commands
-from tests.documentation import ROOT, Block, blocks
+from tests import ROOT, documentation, documented_commands
+from tests.documentation import Block, blocks
 
 PAGES = {page: (ROOT / page).read_text(encoding="utf-8") for page in documentation.pages()}
 BLOCKS = {page: blocks(page, text) for page, text in PAGES.items()}

@@ -19,10 +19,11 @@ from fastalps.cli import export as command
 from fastalps.export import export_onnx, export_program
 from fastalps.export_plan import Plan
 from fastalps.graphs import FrameGraph
-from tests.test_cli import one_line
+from tests import ROOT
+from tests.commands import error_of
 from tests.test_scoring import moving, warmed_model
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 GATED = {
     "gate_threshold": 6.0,
     "stride": [7, 9],
@@ -310,7 +311,7 @@ def test_bad_exports(run, tmp_path, monkeypatch, capsys, make, message) -> None:
     work.mkdir()
     monkeypatch.chdir(work)
     assert command.main(make(run)) == 2
-    assert message in one_line(capsys)
+    assert message in error_of(capsys)
     assert not list(work.iterdir())
     assert {path.name for path in run.iterdir()} <= {"model.safetensors", "other.safetensors"}
 
@@ -327,7 +328,7 @@ def test_missing_extra(run, tmp_path, monkeypatch, capsys, name) -> None:
     assert command.main([str(run), "--out", str(tmp_path / "a.onnx")]) == 2
     if name == "onnxscript":
         pytest.importorskip("onnx", reason="onnx is not installed (pip install fastalps[onnx])")
-    assert f"needs the package {name}, which is not installed" in one_line(capsys)
+    assert f"needs the package {name}, which is not installed" in error_of(capsys)
     assert not (tmp_path / "a.onnx").exists()
 
 

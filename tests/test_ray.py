@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import signal
 from pathlib import Path
@@ -17,7 +16,8 @@ from fastalps import Scorer
 from fastalps.cli import score
 from fastalps.errors import UserError
 from fastalps.integrations.ray import FrameScorer, VideoScorer
-from tests.test_distributed import ROOT
+from tests import ROOT
+from tests.commands import rows_of
 
 pytest.importorskip("av", reason="PyAV is not installed: pip install 'fastalps[video]'")
 
@@ -49,9 +49,8 @@ def expected_scores(folder: Path, run: str, out: Path) -> dict[tuple[str, str], 
     for path in sorted((folder / "videos").iterdir()):
         arguments = [str(folder / run), str(path), "--out", str(out / path.stem), "--device", "cpu"]
         assert score.main([*arguments, "--chunk", "7", "--overlays", "0"]) == 0
-        with open(out / path.stem / "scores.csv", newline="") as file:
-            for row in csv.DictReader(file):
-                scores[str(path), row["frame"]] = float(row["score"])
+        for row in rows_of(out / path.stem / "scores.csv"):
+            scores[str(path), row["frame"]] = float(row["score"])
     return scores
 
 

@@ -17,8 +17,9 @@ from fastalps.cli.score_profile import FINISH, MOTION, READ, SCORE, START, WRITE
 from fastalps.data.decode import worker_count
 from fastalps.stage_times import DECODE, StageTimes
 from fastalps.streaming import COMPUTE, COPY, DEVICE_WAIT
+from tests.commands import error_of
 from tests.test_data_images import save
-from tests.test_video_input import PATCH, error_of, run_on, scene, write
+from tests.test_video_input import PATCH, run_on, scene, write
 
 
 def test_laps_divide_the_whole(monkeypatch) -> None:

@@ -16,8 +16,9 @@ import torch
 
 import fastalps
 from fastalps import Scorer
+from tests import ROOT
+from tests.commands import run_in
 from tests.test_data_images import save
-from tests.test_distributed import ROOT, run_in
 
 pytest.importorskip("av", reason="PyAV is not installed: pip install 'fastalps[video]'")
 

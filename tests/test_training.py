@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from fastalps.training.batches import Batches
 from fastalps.training.run_state import Average
 from fastalps.training.steps import Steps
 from fastalps.training.trainer import CHECKPOINT, HISTORY
+from tests.commands import rows_of
 from tests.test_engine import threads
 
 CPU = torch.device("cpu")
@@ -249,8 +249,7 @@ def test_a_finished_run_goes_on_for_longer(task, tmp_path) -> None:
 
 def test_history_file(task, tmp_path) -> None:
     result = fit(task, tmp_path)
-    with open(tmp_path / HISTORY, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(tmp_path / HISTORY)
     assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
     for row, kept in zip(rows, result.history, strict=True):
         for name, value in kept.items():

@@ -7,12 +7,12 @@ import itertools
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from fastalps import backends, ops, reference, testing
+from tests import ROOT
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 
@@ -21,7 +21,6 @@ if backends.triton_interpreted():
 
 importlib.import_module("fastalps.kernels.registration")
 
-HERE = Path(__file__).parent
 FORWARD = [name for name in ops.SCHEMAS if not name.endswith("_backward")]
 DIFFERENTIABLE = [name for name in FORWARD if name != "active_patches"]
 
@@ -43,13 +42,13 @@ def test_in_the_interpreter():
             sys.executable,
             "-m",
             "pytest",
-            str(HERE / "triton_interpreted.py"),
+            str(ROOT / "tests" / "triton_interpreted.py"),
             "-q",
             "--tb=short",
             "-p",
             "no:cacheprovider",
         ],
-        cwd=HERE.parent,
+        cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import json
 import os
@@ -23,6 +22,8 @@ from fastalps.data import video as video_module
 from fastalps.data.video import VideoReader, read_video, shown
 from fastalps.errors import UserError
 from fastalps.gate import MotionGate
+from tests import ROOT
+from tests.commands import error_of, rows_of
 from tests.video_servers import Camera, Server
 
 av = pytest.importorskip("av", reason="PyAV is not installed: pip install 'fastalps[video]'")
@@ -84,18 +85,6 @@ def run(request, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def gray_run(tmp_path_factory) -> Path:
     return run_on(tmp_path_factory.mktemp("gray"), scene())
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def error_of(capsys) -> str:
-    """The error on the screen: exactly one line."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
-    assert len(lines) == 1
-    return lines[0]
 
 
 # Decoding ---------------------------------------------------------------------------------------
@@ -493,7 +482,7 @@ def test_bad_training_videos(tmp_path, capsys, monkeypatch) -> None:
 
 
 def test_the_tutorial_runs(tmp_path, monkeypatch, capsys) -> None:
-    text = (Path(__file__).parents[1] / "docs" / "video.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "video.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     run_on(tmp_path / "runs" / "gate", scene(), motion=True)
     write(tmp_path / "today.mp4", scene(), "mpeg4")
