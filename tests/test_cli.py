@@ -20,7 +20,7 @@ from fastalps import metrics
 from fastalps.cli import command, demo, score, train
 from fastalps.training.trainer import CHECKPOINT
 from tests.commands import error_of, rows_of
-from tests.test_data_images import bytes_of, save
+from tests.images import bytes_of, save
 
 QUICK = ["--preset", "fast", "--latent", "4", "--epochs", "3", "--batch-size", "32"]
 DIGITS = ["--dataset", "digits", "--normal-class", "3", *QUICK]

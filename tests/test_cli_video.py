@@ -21,7 +21,7 @@ from fastalps.data import (
 from fastalps.errors import UserError
 from fastalps.gate import MotionGate, clip_background
 from tests.commands import rows_of
-from tests.test_data_images import save
+from tests.images import save
 from tests.video_scenes import FRAMES, HEIGHT, INTRUSION, WIDTH, write_street
 
 OPTIONS = ["--dataset", "ucsd-ped2", "--preset", "fast", "--latent", "4", "--patch-size", "10"]

@@ -19,18 +19,7 @@ import torch
 from fastalps.data import iter_frames, read_frames
 from fastalps.errors import UserError
 from tests import ROOT
-from tests.test_data_images import bytes_of, save
-
-HEIGHT, WIDTH = 9, 13  # not a multiple of 8: packed masks have bits to spare
-
-
-def write_frames(
-    folder: Path, count: int, rng: torch.Generator, pattern: str = "{:03d}.tif"
-) -> np.ndarray:
-    frames = bytes_of((count, HEIGHT, WIDTH), rng)
-    for i, frame in enumerate(frames, 1):
-        save(folder / pattern.format(i), frame)
-    return frames
+from tests.images import HEIGHT, WIDTH, bytes_of, save, write_frames
 
 
 @pytest.mark.parametrize("workers", [None, 1, 5])

@@ -12,7 +12,7 @@ from fastalps import distributed
 from fastalps.errors import UserError
 from tests import distributed_run
 from tests.commands import rows_of, run_in
-from tests.test_data_images import write_idx_set
+from tests.images import write_idx_set
 
 
 @pytest.mark.parametrize(

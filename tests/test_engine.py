@@ -24,6 +24,7 @@ from fastalps.engine import Engine, axes, log_layer_by_layer, why_not
 from fastalps.engine.packing import pack
 from fastalps.models import BOUNDS, PERTURBATIONS, PRESETS
 from fastalps.testing import SCORE_ERROR, poisoned
+from tests.images import pixels_of
 
 STATE = backends.load_native("cpu")
 needs_library = pytest.mark.skipif(not STATE.available, reason=STATE.reason)
@@ -112,13 +113,6 @@ def relative(found: Tensor, expected: Tensor) -> float:
     if expected.numel() == 0:
         return 0.0
     return float(((found.double() - expected).abs() / expected).max())
-
-
-def pixels_of(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.uint8) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    if dtype == torch.uint8:
-        return torch.randint(0, 256, shape, generator=generator, dtype=dtype)
-    return torch.rand(shape, generator=generator).to(dtype)
 
 
 # Algorithms along one axis -----------------------------------------------------------------------

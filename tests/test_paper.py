@@ -17,7 +17,7 @@ from bench.quality.cells import Cell
 from fastalps import metrics
 from fastalps.relative import relative_errors
 from tests.commands import rows_of
-from tests.test_data_images import write_idx_set
+from tests.images import write_idx_set
 from tests.video_scenes import FRAMES, write_street
 
 SIZE = (12, 12)

@@ -25,13 +25,13 @@ from fastalps.inference import fold_batch_norm
 from fastalps.models import BOUNDS, PERTURBATIONS, Encoder
 from fastalps.quantization import Agreement, Quantization, quantize
 from fastalps.testing import SCORE_ERROR, poisoned
+from tests.images import pixels_of
 from tests.test_engine import (
     EXAMPLES,
     exact,
     mean_square,
     neighbourhood_means,
     networks,
-    pixels_of,
     randomise,
     relative,
     threads,

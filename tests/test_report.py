@@ -22,7 +22,7 @@ from fastalps.cli.score_files import ScoreFiles
 from fastalps.cli.score_summary import BINS, POINTS, Histogram, ScoreSummary, Trace
 from fastalps.errors import UserError
 from tests.commands import rows_of
-from tests.test_data_images import save
+from tests.images import save
 
 HEIGHT, WIDTH, FRAMES = 40, 60, 24
 

@@ -18,7 +18,7 @@ from fastalps.data.decode import worker_count
 from fastalps.stage_times import DECODE, StageTimes
 from fastalps.streaming import COMPUTE, COPY, DEVICE_WAIT
 from tests.commands import error_of
-from tests.test_data_images import save
+from tests.images import save
 from tests.test_video_input import PATCH, run_on, scene, write
 
 

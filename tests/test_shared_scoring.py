@@ -18,7 +18,7 @@ import fastalps
 from fastalps import Scorer
 from tests import ROOT
 from tests.commands import run_in
-from tests.test_data_images import save
+from tests.images import save
 
 pytest.importorskip("av", reason="PyAV is not installed: pip install 'fastalps[video]'")
 

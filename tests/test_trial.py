@@ -9,7 +9,7 @@ import torch
 
 from bench import trial
 from fastalps.data import load_images
-from tests.test_data_images import write_idx_set
+from tests.images import write_idx_set
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from fastalps.errors import UserError
 from fastalps.gate import MotionGate
 from tests import ROOT
 from tests.commands import error_of, rows_of
+from tests.images import save
 from tests.video_servers import Camera, Server
 
 av = pytest.importorskip("av", reason="PyAV is not installed: pip install 'fastalps[video]'")
@@ -167,8 +168,6 @@ def test_passwords_are_not_shown() -> None:
 
 
 def test_a_video_scores_as_its_frames_do(run, tmp_path, capsys) -> None:
-    from tests.test_data_images import save
-
     frames = scene()
     for t, pixels in enumerate(frames):
         save(tmp_path / "frames" / f"{t:03d}.png", pixels)

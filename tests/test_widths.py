@@ -9,7 +9,7 @@ import torch
 
 from bench import trial, widths
 from bench.quality.recipes import Recipe
-from tests.test_data_images import write_idx_set
+from tests.images import write_idx_set
 
 TINY = {
     "tiny": {"encoder": (4, 4, 4), "decoder": (4, 4, 4, 4, 4, 4)},

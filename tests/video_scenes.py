@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tests.test_data_images import save
+from tests.images import save
 
 HEIGHT, WIDTH, FRAMES = 40, 60, 24
 # Frames (from 1) in which the intruder is there.
