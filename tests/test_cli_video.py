@@ -22,7 +22,7 @@ from fastalps.errors import UserError
 from fastalps.gate import MotionGate, clip_background
 from tests.commands import rows_of
 from tests.images import save
-from tests.video_scenes import FRAMES, HEIGHT, INTRUSION, WIDTH, write_street
+from tests.videos import FRAMES, HEIGHT, INTRUSION, WIDTH, write_street
 
 OPTIONS = ["--dataset", "ucsd-ped2", "--preset", "fast", "--latent", "4", "--patch-size", "10"]
 OPTIONS += ["--epochs", "12", "--batch-size", "32", "--target-fpr", "0.1"]

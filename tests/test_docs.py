@@ -14,6 +14,7 @@ import torch
 
 from tests import ROOT, documentation, documented_commands
 from tests.documentation import Block, blocks
+from tests.videos import run_on, scene, write
 
 PAGES = {page: (ROOT / page).read_text(encoding="utf-8") for page in documentation.pages()}
 BLOCKS = {page: blocks(page, text) for page, text in PAGES.items()}
@@ -30,8 +31,6 @@ EXTRAS = {
 
 def recorded_run(folder: Path) -> None:
     """A run on video, and a recording to score with it."""
-    from tests.test_video_input import run_on, scene, write
-
     run_on(folder / "runs" / "gate", scene(), motion=True)
     write(folder / "today.mp4", scene(), "mpeg4")
 

@@ -18,7 +18,7 @@ from fastalps import metrics
 from fastalps.relative import relative_errors
 from tests.commands import rows_of
 from tests.images import write_idx_set
-from tests.video_scenes import FRAMES, write_street
+from tests.videos import FRAMES, write_street
 
 SIZE = (12, 12)
 

@@ -12,16 +12,14 @@ import pytest
 import torch
 
 import fastalps
-from fastalps import Scorer
 from fastalps.cli import score
 from fastalps.errors import UserError
 from fastalps.integrations.ray import FrameScorer, VideoScorer
 from tests import ROOT
 from tests.commands import rows_of
+from tests.videos import FRAMES, PATCH, run_on, run_on_images, scene, write
 
 pytest.importorskip("av", reason="PyAV is not installed: pip install 'fastalps[video]'")
-
-from tests.test_video_input import FRAMES, PATCH, run_on, scene, write
 
 VIDEOS = 4
 
@@ -32,11 +30,7 @@ def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("ray")
     run_on(root / "gray", scene())
     run_on(root / "motion", scene(), motion=True)
-    torch.manual_seed(1)
-    model = fastalps.ALPS(PATCH, 1, "fast", latent=4)
-    calibration = Scorer(model).calibrate(torch.rand(30, 1, PATCH, PATCH), 0.2)
-    (root / "images").mkdir()
-    fastalps.save(model, root / "images" / "model.safetensors", calibration)
+    run_on_images(root / "images")
     (root / "videos").mkdir()
     for i in range(VIDEOS):
         write(root / "videos" / f"{i}.mkv", np.roll(scene(), 5 * i, 2))

@@ -21,61 +21,13 @@ from fastalps.cli import score, train
 from fastalps.data import video as video_module
 from fastalps.data.video import VideoReader, read_video, shown
 from fastalps.errors import UserError
-from fastalps.gate import MotionGate
 from tests import ROOT
 from tests.commands import error_of, rows_of
 from tests.images import save
 from tests.video_servers import Camera, Server
+from tests.videos import FRAMES, HEIGHT, PATCH, RATE, WIDTH, run_on, scene, write
 
 av = pytest.importorskip("av", reason="PyAV is not installed: pip install 'fastalps[video]'")
-
-HEIGHT, WIDTH, FRAMES, RATE = 40, 60, 24, 10
-PATCH = 10
-
-
-def scene(count: int = FRAMES, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """A square that crosses a still background: uint8 (count, height, width)."""
-    random = np.random.default_rng(3)
-    background = random.integers(90, 110, (height // 4, width // 4), dtype=np.uint8)
-    background = background.repeat(4, 0).repeat(4, 1)
-    frames = np.repeat(background[None], count, 0)
-    for t in range(count):
-        x = 3 * t % (width - 12)
-        frames[t, 12:24, x : x + 12] = 220
-    return frames
-
-
-def write(path: Path, frames: np.ndarray, codec: str = "ffv1", rate: int = RATE) -> Path:
-    """Writes gray frames as a video; ffv1 loses nothing."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate)
-        stream.width, stream.height = frames.shape[2], frames.shape[1]
-        stream.pix_fmt = {"ffv1": "gray", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
-        for pixels in frames:
-            frame = av.VideoFrame.from_ndarray(pixels, format="gray")
-            for packet in stream.encode(frame):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-    return path
-
-
-def run_on(folder: Path, frames: np.ndarray, **settings: object) -> Path:
-    """A run whose threshold was set on these frames; no training: its scores mean nothing."""
-    torch.manual_seed(0)
-    model = fastalps.ALPS(PATCH, 1, "fast", latent=4)
-    motion = settings.pop("motion", False)
-    pixels = torch.from_numpy(frames)
-    background = None
-    if motion:
-        pixels = fastalps.data.motion_frames(pixels)
-        background = fastalps.data.still_background((HEIGHT, WIDTH))
-    scorer = Scorer(model, gate=MotionGate(2.0, background))
-    calibration = scorer.calibrate(pixels, 0.2, level="frame")
-    calibration.settings["frames"] = "motion" if motion else "gray"
-    folder.mkdir(parents=True, exist_ok=True)
-    fastalps.save(model, folder / "model.safetensors", calibration)
-    return folder
 
 
 @pytest.fixture(scope="module", params=["gray", "motion"])
