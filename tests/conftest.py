@@ -1,9 +1,11 @@
-"""Fixtures that every test file shares."""
+"""Fixtures that test files share, and what they ask of the machine."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,31 @@ def rng(record_property: pytest.RecordProperty) -> torch.Generator:
     record_property("seed", seed)
     print(f"FASTALPS_TEST_SEED={seed}")
     return torch.Generator().manual_seed(seed)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Inside, PyTorch has so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Layers this small only wait for a second thread, long where others want the cores, too."""
+    with threads(1):
+        yield
+
+
+@pytest.fixture
+def kept_threads() -> Iterator[None]:
+    """For programs that choose how many threads this process has."""
+    with threads(torch.get_num_threads()):
+        yield
 
 
 def data_folder(name: str) -> Path:

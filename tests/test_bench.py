@@ -15,14 +15,9 @@ from bench import cases, run
 from bench.harness import Candidate, Case, Settings, Work, relative_error
 from tests import ROOT
 
+pytestmark = pytest.mark.usefixtures("kept_threads")
+
 SCRIPT = ROOT / "bench" / "run.py"
-
-
-@pytest.fixture(autouse=True)
-def _keep_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def _main(*arguments: str) -> int:

@@ -12,6 +12,7 @@ from fastalps import distributed
 from fastalps.errors import UserError
 from tests import distributed_run
 from tests.commands import rows_of, run_in
+from tests.conftest import threads
 from tests.images import write_idx_set
 
 
@@ -26,11 +27,8 @@ def test_two_processes_are_one(tmp_path, perturbation, batch_norm) -> None:
     arguments = (perturbation, str(int(batch_norm)))
     done = run_in(2, str(distributed_run.__file__), str(together), *arguments)
     assert done.returncode == 0, done.stderr
-    before = torch.get_num_threads()
-    try:
+    with threads(1):
         distributed_run.run(alone, perturbation, batch_norm)
-    finally:
-        torch.set_num_threads(before)
     found, expected = (load_file(f / "result.safetensors") for f in (together, alone))
     assert found.keys() == expected.keys()
     # One ulp of the first weights moves the errors by 4e-4, convolutions of another instruction set

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,7 @@ from fastalps.engine import Engine, axes, log_layer_by_layer, why_not
 from fastalps.engine.packing import pack
 from fastalps.models import BOUNDS, PERTURBATIONS, PRESETS
 from fastalps.testing import SCORE_ERROR, poisoned
+from tests.conftest import threads
 from tests.images import pixels_of
 
 STATE = backends.load_native("cpu")
@@ -97,16 +96,6 @@ def neighbourhood_means(maps: Tensor, side: int) -> Tensor:
             window = (..., slice(i, i + height), slice(j, j + width))
             total, count = total + padded[window], count + counted[window]
     return total / count
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor
 import fastalps
 from fastalps import backends, ops, reference
 from fastalps.testing import sample_inputs
+from tests.conftest import threads
 
 FORWARD = [name for name in ops.SCHEMAS if not name.endswith("_backward")]
 DIFFERENTIABLE = [name for name in FORWARD if name != "active_patches"]
@@ -127,12 +128,10 @@ def test_patches_are_the_frames_pixels(rng: torch.Generator) -> None:
 
 def test_results_do_not_depend_on_threads(rng: torch.Generator) -> None:
     values = torch.randn(2, 300001, generator=rng)
-    before = torch.get_num_threads()
     results = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        results.append(ops.sigmoid_mse(values, values.flip(0)))
-    torch.set_num_threads(before)
+    for count in (1, 2):
+        with threads(count):
+            results.append(ops.sigmoid_mse(values, values.flip(0)))
     assert torch.equal(*results)
 
 

@@ -25,6 +25,7 @@ from fastalps.inference import fold_batch_norm
 from fastalps.models import BOUNDS, PERTURBATIONS, Encoder
 from fastalps.quantization import Agreement, Quantization, quantize
 from fastalps.testing import SCORE_ERROR, poisoned
+from tests.conftest import threads
 from tests.images import pixels_of
 from tests.test_engine import (
     EXAMPLES,
@@ -34,7 +35,6 @@ from tests.test_engine import (
     networks,
     randomise,
     relative,
-    threads,
 )
 
 STATE = backends.load_native("cpu")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,8 +16,9 @@ from fastalps.training import batches, fit_stacked, stacked, validation
 from fastalps.training.grouped import stack, unstack
 from fastalps.training.run import CHECKPOINT
 from fastalps.training.steps import Steps
-from tests.test_engine import threads
 from tests.test_training import stripes, weights, without_speed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 OPTIONS = TrainConfig(
     epochs=4,
@@ -31,13 +31,6 @@ OPTIONS = TrainConfig(
 WIDTHS = {"latent": 4, "encoder": (6, 8, 10), "decoder": (12, 10, 8, 8, 6, 6)}
 # Of different lengths: 3, 6 and 5 batches an epoch.
 COUNTS, SEEDS = (60, 100, 85), (3, 8, 5)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Several would wait for each other in layers this small."""
-    with threads(1):
-        yield
 
 
 @pytest.fixture

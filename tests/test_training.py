@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,7 +18,8 @@ from fastalps.training.run_state import Average
 from fastalps.training.steps import Steps
 from fastalps.training.trainer import CHECKPOINT, HISTORY
 from tests.commands import rows_of
-from tests.test_engine import threads
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 SHORT = TrainConfig(epochs=4, batch_size=16, distorter_every=2, device="cpu", seed=3)
@@ -36,13 +36,6 @@ def stripes(count: int, across: bool, rng: torch.Generator) -> torch.Tensor:
     image = pattern.expand(8, 8) if across else pattern.expand(8, 8).T
     noise = torch.randint(0, 60, (count, 1, 8, 8), generator=rng)
     return (image + noise).to(torch.uint8)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Several would wait for each other in layers this small."""
-    with threads(1):
-        yield
 
 
 @pytest.fixture
