@@ -16,7 +16,7 @@ from fastalps.training import batches, fit_stacked, stacked, validation
 from fastalps.training.grouped import stack, unstack
 from fastalps.training.run import CHECKPOINT
 from fastalps.training.steps import Steps
-from tests.test_training import stripes, weights, without_speed
+from tests.tasks import stripes, task_of, weights, without_speed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,18 +40,7 @@ def tasks(rng) -> list[OneClassData]:
     for number, count in enumerate(COUNTS):
         normal = stripes(count + 40, bool(number % 2), rng) // (number + 1)
         odd = stripes(20, not number % 2, rng)
-        labels = torch.arange(40) >= 20
-        found.append(
-            OneClassData(
-                f"stripes[{number}]",
-                normal[:count],
-                torch.cat([normal[count : count + 20], odd]),
-                labels,
-                torch.cat([normal[count + 20 :], odd.flip(0)]),
-                labels,
-                tuple(map(str, range(40))),
-            )
-        )
+        found.append(task_of(f"stripes[{number}]", normal, odd))
     return found
 
 

@@ -18,6 +18,7 @@ from fastalps.training.run_state import Average
 from fastalps.training.steps import Steps
 from fastalps.training.trainer import CHECKPOINT, HISTORY
 from tests.commands import rows_of
+from tests.tasks import stripes, task_of, weights, without_speed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,27 +31,9 @@ def small_model(seed: int = 0, **options) -> ALPS:
     return ALPS(8, 1, "fast", latent=4, **options)
 
 
-def stripes(count: int, across: bool, rng: torch.Generator) -> torch.Tensor:
-    """Images of bright stripes, level or upright: two classes that a small model tells apart."""
-    pattern = torch.arange(8) % 2 * 170
-    image = pattern.expand(8, 8) if across else pattern.expand(8, 8).T
-    noise = torch.randint(0, 60, (count, 1, 8, 8), generator=rng)
-    return (image + noise).to(torch.uint8)
-
-
 @pytest.fixture
 def task(rng) -> OneClassData:
-    normal, odd = stripes(100, True, rng), stripes(20, False, rng)
-    labels = torch.arange(40) >= 20
-    return OneClassData(
-        "stripes[0]",
-        normal[:60],
-        torch.cat([normal[60:80], odd]),
-        labels,
-        torch.cat([normal[80:], odd.flip(0)]),
-        labels,
-        tuple(f"{i}" for i in range(40)),
-    )
+    return task_of("stripes[0]", stripes(100, True, rng), stripes(20, False, rng))
 
 
 def fit(task, tmp_path=None, model=None, resume=False, **options):
@@ -59,17 +42,9 @@ def fit(task, tmp_path=None, model=None, resume=False, **options):
     return trainer.fit(model or small_model(), task, resume)
 
 
-def weights(model) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
 def changed(before, model) -> set[str]:
     after = model.state_dict()
     return {name for name in before if not torch.equal(before[name], after[name])}
-
-
-def without_speed(history) -> list[dict]:
-    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in history]
 
 
 @pytest.mark.parametrize("perturbation", ["adversarial", "noise", "none"])
