@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastalps import backends
+from fastalps import ALPS, backends
 
 # `make sanitize` tests another build of the library.
 if folder := os.environ.get("FASTALPS_TEST_LIBRARY"):
     backends.library_path = lambda device_type: (
         Path(folder) / "fastalps_cpu.so" if device_type == "cpu" else None
     )
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 DATA = Path(os.environ.get("FASTALPS_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -29,6 +31,14 @@ def rng(record_property: pytest.RecordProperty) -> torch.Generator:
     record_property("seed", seed)
     print(f"FASTALPS_TEST_SEED={seed}")
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def model() -> ALPS:
+    """A random network for images of 12 x 12."""
+    from tests.networks import randomise  # It loads the library: not before its path is set.
+
+    return randomise(ALPS(12, preset="fast"), 11)
 
 
 @contextlib.contextmanager

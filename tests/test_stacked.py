@@ -16,6 +16,7 @@ from fastalps.training import batches, fit_stacked, stacked, validation
 from fastalps.training.grouped import stack, unstack
 from fastalps.training.run import CHECKPOINT
 from fastalps.training.steps import Steps
+from tests.conftest import needs_cuda
 from tests.tasks import stripes, task_of, weights, without_speed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -318,7 +319,7 @@ def test_models_that_do_not_go_together(tasks, tmp_path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 class TestCuda:
     @pytest.mark.parametrize("perturbation", ["adversarial", "none"])
     def test_captured_steps_equal_eager_ones(self, tasks, perturbation) -> None:

@@ -18,6 +18,7 @@ from fastalps.training.run_state import Average
 from fastalps.training.steps import Steps
 from fastalps.training.trainer import CHECKPOINT, HISTORY
 from tests.commands import rows_of
+from tests.conftest import needs_cuda
 from tests.tasks import stripes, task_of, weights, without_speed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -397,7 +398,7 @@ def test_run_dir_that_is_a_file(tmp_path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 class TestCuda:
     @pytest.mark.parametrize("perturbation", ["adversarial", "none"])
     def test_captured_steps_equal_eager_ones(self, task, perturbation) -> None:
