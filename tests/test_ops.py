@@ -15,14 +15,7 @@ import fastalps
 from fastalps import backends, ops, reference
 from fastalps.testing import sample_inputs
 from tests.conftest import threads
-
-FORWARD = [name for name in ops.SCHEMAS if not name.endswith("_backward")]
-DIFFERENTIABLE = [name for name in FORWARD if name != "active_patches"]
-LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def _outputs(result) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
+from tests.op_names import DIFFERENTIABLE, LOW_PRECISION, outputs_of
 
 
 def test_every_op_has_a_reference() -> None:
@@ -67,10 +60,10 @@ def _public_calls(rng: torch.Generator):
 
 def test_public_functions_compile_and_agree(rng: torch.Generator) -> None:
     for name, call in _public_calls(rng).items():
-        eager = _outputs(call())
-        compiled = _outputs(torch.compile(call, fullgraph=True)())
+        eager = outputs_of(call())
+        compiled = outputs_of(torch.compile(call, fullgraph=True)())
         with fastalps.use_backend("reference"):
-            expected = _outputs(call())
+            expected = outputs_of(call())
         for one, two, three in zip(eager, compiled, expected, strict=True):
             torch.testing.assert_close(one, two, msg=name)
             torch.testing.assert_close(one, three, rtol=2e-6, atol=2e-6, msg=name)

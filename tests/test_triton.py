@@ -13,6 +13,8 @@ import torch
 
 from fastalps import backends, ops, reference, testing
 from tests import ROOT
+from tests.conftest import needs_cuda
+from tests.op_names import DIFFERENTIABLE, FORWARD, outputs_of
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 
@@ -21,16 +23,9 @@ if backends.triton_interpreted():
 
 importlib.import_module("fastalps.kernels.registration")
 
-FORWARD = [name for name in ops.SCHEMAS if not name.endswith("_backward")]
-DIFFERENTIABLE = [name for name in FORWARD if name != "active_patches"]
-
 
 def kernel(name):
     return getattr(torch.ops.fastalps, f"{name}_triton").default
-
-
-def outputs_of(result):
-    return result if isinstance(result, tuple) else (result,)
 
 
 def test_in_the_interpreter():
@@ -127,7 +122,7 @@ def test_compilers_see_the_kernels(name, dynamic, rng):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_on_gpu(name, dynamic, rng):
