@@ -11,10 +11,10 @@ from __future__ import annotations
 import posixpath
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from tests import ROOT
+
 LANGUAGES = ("python", "sh", "text")
 
 FENCE = re.compile(r"^\s*```(.*)$")

@@ -19,7 +19,7 @@ import jsonargparse
 from fastalps.cli import export, options
 from fastalps.errors import UserError
 from fastalps.training import TrainConfig
-from tests.documentation import ROOT
+from tests import ROOT
 
 if str(ROOT) not in sys.path:  # For `bench`, where the tests run from elsewhere.
     sys.path.insert(0, str(ROOT))

@@ -17,8 +17,8 @@ from fastalps import ops
 from fastalps.fused_packing import PackedWeights, Sizes, shape_number, sizes
 from fastalps.models import ALPS
 from fastalps.passes import Passes
+from tests import ROOT
 
-ROOT = Path(__file__).parents[1]
 KERNELS = ("encode", "latent", "dense", "expand", "decode")
 # As launches that fill a device have them: more tiles a block.
 WIDE = ("latent, wide", "dense, wide", "expand, wide")

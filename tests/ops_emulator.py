@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from fastalps.op_definitions import FAKES, SCHEMAS, gradient
+from tests import ROOT
 
-ROOT = Path(__file__).parents[1]
 EMULATION = ROOT / "tests/emulation"
 KERNELS = ROOT / "csrc/cuda"
 REWRITTEN = (

@@ -13,15 +13,11 @@ from torch import Tensor
 
 from bench import cases, run
 from bench.harness import Candidate, Case, Settings, Work, relative_error
+from tests import ROOT
 
-SCRIPT = Path(__file__).parents[1] / "bench" / "run.py"
+pytestmark = pytest.mark.usefixtures("kept_threads")
 
-
-@pytest.fixture(autouse=True)
-def _keep_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+SCRIPT = ROOT / "bench" / "run.py"
 
 
 def _main(*arguments: str) -> int:
@@ -203,9 +199,8 @@ def test_a_reader_that_leaves() -> None:
         "from bench.command_line import guarded\n"
         "raise SystemExit(guarded(lambda: [print('x' * 100) for _ in range(9999)] and 0))"
     )
-    root = Path(__file__).resolve().parents[1]
     with subprocess.Popen(
-        [sys.executable, "-c", program], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline() == b"x" * 100 + b"\n"

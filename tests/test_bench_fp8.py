@@ -9,6 +9,7 @@ import torch
 
 from bench import fp8
 from fastalps import ALPS
+from tests.networks import randomise
 
 
 def test_values(rng) -> None:
@@ -25,7 +26,7 @@ def test_values(rng) -> None:
 @pytest.mark.parametrize("size", [28, 30])
 def test_networks(size, rng) -> None:
     """Every layer's products are rounded, the model is left as it is, fp8 is coarser than bf16."""
-    model = ALPS(size, preset="fast").eval()
+    model = randomise(ALPS(size, preset="fast"), rng, 1.5)
     weights = [parameter.clone() for parameter in model.parameters()]
     images = torch.randint(0, 256, (9, 1, size, size), dtype=torch.uint8, generator=rng)
     with torch.inference_mode():

@@ -237,6 +237,7 @@ def tf32():
         module.allow_tf32 = value
 
 
+@pytest.mark.usefixtures("kept_threads")
 def test_tf32_is_off_on_cuda_and_recorded(tmp_path: Path, capsys, monkeypatch, tf32) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
@@ -248,10 +249,8 @@ def test_tf32_is_off_on_cuda_and_recorded(tmp_path: Path, capsys, monkeypatch, t
         raise RuntimeError("no such kernel\nand more")
 
     monkeypatch.setattr(cases, "load", lambda *_: [Case("ops/a", "a", prepare)])
-    threads = torch.get_num_threads()
     out = tmp_path / "out.json"
     assert run.main(["--device", "cuda", "--smoke", "--fresh-memory", "--out", str(out)]) == 1
-    torch.set_num_threads(threads)
     assert seen == [(False, False)]
     output = capsys.readouterr()
     assert "a GPU; TF32 is off" in output.out
@@ -259,6 +258,7 @@ def test_tf32_is_off_on_cuda_and_recorded(tmp_path: Path, capsys, monkeypatch, t
     assert json.loads(out.read_text())["tf32"] is False
 
 
+@pytest.mark.usefixtures("kept_threads")
 def test_a_stopped_run_leaves_the_cases_that_it_had(tmp_path: Path, monkeypatch) -> None:
     def stop(settings: Settings) -> Work:
         raise KeyboardInterrupt
@@ -267,9 +267,7 @@ def test_a_stopped_run_leaves_the_cases_that_it_had(tmp_path: Path, monkeypatch)
     found = [Case("ops/a", "a", lambda settings: work), Case("ops/b", "b", stop)]
     monkeypatch.setattr(cases, "load", lambda *_: found)
     out = tmp_path / "out.json"
-    threads = torch.get_num_threads()
     assert run.main(["--smoke", "--fresh-memory", "--out", str(out)]) == 130
-    torch.set_num_threads(threads)
     record = json.loads(out.read_text())
     assert list(record["metrics"]) == ["ops/a"] and record["tf32"] is None
 

@@ -13,8 +13,9 @@ import torch
 
 from bench import fused_profile
 from fastalps.errors import UserError
+from tests import ROOT
 
-SCRIPT = Path(__file__).parents[1] / "bench" / "fused_profile.py"
+SCRIPT = ROOT / "bench" / "fused_profile.py"
 # Cut down from the tables of ncu 2025: messages, names, units, launches.
 TABLE = """==PROF== Connected to process 7
 ==PROF== Profiling "fused_encode_kernel": 0%....100% - 9 passes

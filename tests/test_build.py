@@ -15,8 +15,8 @@ import torch
 from setuptools import Distribution
 
 from bench.cuda_compile import build_module
+from tests import ROOT
 
-ROOT = Path(__file__).parents[1]
 # What a compiler does that brings its own C++ runtime.
 OWN_RUNTIME = ("-static-libstdc++", "-static-libgcc")
 REFUSED = "instead of being raised: .* links a C\\+\\+ runtime that is not PyTorch's"

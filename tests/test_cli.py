@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -20,15 +19,11 @@ import fastalps
 from fastalps import metrics
 from fastalps.cli import command, demo, export, score, train
 from fastalps.training.trainer import CHECKPOINT
-from tests.test_data_images import bytes_of, save
+from tests.commands import error_of, rows_of
+from tests.images import bytes_of, save
 
 QUICK = ["--preset", "fast", "--latent", "4", "--epochs", "3", "--batch-size", "32"]
 DIGITS = ["--dataset", "digits", "--normal-class", "3", *QUICK]
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +31,6 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "three"
     assert train.main([*DIGITS, "--out", str(folder)]) == 0
     return folder
-
-
-def one_line(capsys) -> str:
-    """The error on the screen: exactly one line, and no traceback."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
-    assert len(lines) == 1
-    return lines[0]
 
 
 def test_run_folder(run) -> None:
@@ -92,7 +80,7 @@ def test_resume_is_bit_for_bit(run, tmp_path) -> None:
 def test_a_run_is_never_overwritten(run, capsys) -> None:
     before = (run / "metrics.json").read_bytes()
     assert train.main([*DIGITS, "--out", str(run)]) == 2
-    assert "already holds a run" in one_line(capsys)
+    assert "already holds a run" in error_of(capsys)
     assert (run / "metrics.json").read_bytes() == before
 
 
@@ -101,7 +89,7 @@ def test_a_run_that_failed_before_its_first_checkpoint_starts_again(run, tmp_pat
     folder.mkdir()
     (folder / "config.yaml").write_text((run / "config.yaml").read_text())
     assert train.main([*DIGITS, "--resume", "--out", str(folder)]) == 2
-    assert "leave --resume out" in one_line(capsys)
+    assert "leave --resume out" in error_of(capsys)
     assert train.main([*DIGITS, "--out", str(folder)]) == 0
     assert (folder / "scores.csv").read_text() == (run / "scores.csv").read_text()
 
@@ -179,7 +167,7 @@ def test_score_images(run, tmp_path, capsys) -> None:
     }
     for inside in (images, images / "scored"):
         assert score.main([str(run), str(images), "--out", str(inside)]) == 2
-        assert "--out must lie outside of the input" in one_line(capsys)
+        assert "--out must lie outside of the input" in error_of(capsys)
     assert len(list(images.iterdir())) == 13
     # One image, by the file of the model, with a threshold of one's own.
     lone = [str(run / "model.safetensors"), str(images / "3.png"), "--out", str(tmp_path / "one")]
@@ -215,7 +203,7 @@ def test_images_that_the_memory_cannot_hold(tmp_path, rng, capsys) -> None:
     base = ["--dataset", "folder", "--root", str(tmp_path), "--out", str(out)]
     for size in ("1000000", "9" * 400):
         assert train.main([*base, "--image-size", size]) == 2
-        assert "decoded, the 12 images take" in one_line(capsys) and not out.exists()
+        assert "decoded, the 12 images take" in error_of(capsys) and not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -228,7 +216,7 @@ def test_images_that_the_memory_cannot_hold(tmp_path, rng, capsys) -> None:
 )
 def test_too_little_memory_is_told_in_one_line(capsys, allocate) -> None:
     assert command.run("x", lambda _: allocate(), []) == 2
-    assert "the machine has too little memory" in one_line(capsys)
+    assert "the machine has too little memory" in error_of(capsys)
 
 
 def test_demo(tmp_path, capsys, monkeypatch) -> None:
@@ -273,7 +261,7 @@ def test_demo(tmp_path, capsys, monkeypatch) -> None:
 def test_bad_training(tmp_path, monkeypatch, capsys, arguments, message) -> None:
     monkeypatch.chdir(tmp_path)
     assert train.main([*arguments, "--out", "run"]) == 2
-    assert message in one_line(capsys)
+    assert message in error_of(capsys)
     assert not list(tmp_path.iterdir())
 
 
@@ -304,7 +292,7 @@ def test_only_files_are_replaced(run, tmp_path, capsys) -> None:
     fifo = tmp_path / "out.pt2"
     os.mkfifo(fifo)
     assert export.main([str(run), "--format", "pt2", "--out", str(fifo)]) == 2
-    assert "it is no ordinary file; give another name" in one_line(capsys)
+    assert "it is no ordinary file; give another name" in error_of(capsys)
     assert fifo.is_fifo()
 
 
@@ -312,15 +300,15 @@ def test_unknown_devices(run, tmp_path, capsys) -> None:
     for name in ("gpu", "mps", "cuda:x"):
         arguments = [str(run), str(tmp_path), "--out", str(tmp_path / "out"), "--device", name]
         assert score.main(arguments) == 2
-        assert f"expected auto, cpu or cuda[:n], got '{name}'" in one_line(capsys)
+        assert f"expected auto, cpu or cuda[:n], got '{name}'" in error_of(capsys)
 
 
 def test_no_output_folder(tmp_path, capsys) -> None:
     assert train.main(DIGITS) == 2
-    assert "out" in one_line(capsys)
+    assert "out" in error_of(capsys)
     (tmp_path / "file").write_text("x")
     assert train.main([*DIGITS, "--out", str(tmp_path / "file" / "run")]) == 2
-    assert "cannot create the folder" in one_line(capsys)
+    assert "cannot create the folder" in error_of(capsys)
 
 
 def test_broken_configuration(tmp_path, capsys) -> None:
@@ -332,7 +320,7 @@ def test_broken_configuration(tmp_path, capsys) -> None:
         (tmp_path / "bad.yaml").write_bytes(content)
         arguments = ["--config", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "run")]
         assert train.main(arguments) == 2
-        assert message in one_line(capsys)
+        assert message in error_of(capsys)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +345,7 @@ def test_bad_scoring(run, tmp_path, capsys, make, message) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     assert score.main([*make(source, run), "--out", str(out)]) == 2
-    assert message in one_line(capsys)
+    assert message in error_of(capsys)
     assert not out.exists() or not list(out.iterdir())
 
 
@@ -378,7 +366,7 @@ def truncated(folder: Path) -> Path:
 def test_read_only_folder(tmp_path, capsys) -> None:
     tmp_path.chmod(0o500)
     assert train.main([*DIGITS, "--out", str(tmp_path / "run")]) == 2
-    assert "cannot create the folder" in one_line(capsys)
+    assert "cannot create the folder" in error_of(capsys)
 
 
 def test_full_disk(tmp_path, capsys, monkeypatch) -> None:
@@ -387,7 +375,7 @@ def test_full_disk(tmp_path, capsys, monkeypatch) -> None:
 
     monkeypatch.setattr(os, "replace", full)
     assert train.main([*DIGITS, "--out", str(tmp_path / "run")]) == 2
-    assert "No space left on device" in one_line(capsys)
+    assert "No space left on device" in error_of(capsys)
     assert not list((tmp_path / "run").iterdir())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 
@@ -21,8 +20,9 @@ from fastalps.data import (
 )
 from fastalps.errors import UserError
 from fastalps.gate import MotionGate, clip_background
-from tests.test_data_images import save
-from tests.video_scenes import FRAMES, HEIGHT, INTRUSION, WIDTH, write_street
+from tests.commands import rows_of
+from tests.images import save
+from tests.videos import FRAMES, HEIGHT, INTRUSION, WIDTH, write_street
 
 OPTIONS = ["--dataset", "ucsd-ped2", "--preset", "fast", "--latent", "4", "--patch-size", "10"]
 OPTIONS += ["--epochs", "12", "--batch-size", "32", "--target-fpr", "0.1"]
@@ -39,11 +39,6 @@ def run(request, street) -> Path:
     options = [*OPTIONS, "--frames", request.param, "--root", str(street)]
     assert train.main([*options, "--out", str(folder)]) == 0
     return folder
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_moving_patches_are_those_of_the_gate(street) -> None:

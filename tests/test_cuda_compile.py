@@ -30,8 +30,8 @@ from bench.cuda_compile import (
 )
 from bench.schedule import instructions, spacing, with_products
 from fastalps.op_definitions import SCHEMAS
+from tests import ROOT
 
-ROOT = Path(__file__).parents[1]
 BINDINGS = ROOT / "csrc" / "bindings_cuda.cpp"
 FUSED = ROOT / "csrc" / "bindings_fused.cpp"
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastalps.data import load_folder, load_images, read_images
 from fastalps.errors import UserError
-from tests.test_data_images import bytes_of, rows, save, save_many
+from tests.images import bytes_of, rows, save, save_many
 
 
 def test_default_layout(tmp_path: Path, rng: torch.Generator) -> None:

@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor
 
 from fastalps.data import download, load_images
 from fastalps.data import images as image_sets
@@ -20,57 +18,7 @@ from fastalps.data.containers import OneClassData
 from fastalps.data.idx import read_idx
 from fastalps.errors import UserError
 from tests.conftest import data_folder
-
-NAMES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
-
-
-def bytes_of(shape: tuple[int, ...], rng: torch.Generator, below: int = 256) -> np.ndarray:
-    return torch.randint(below, shape, generator=rng).to(torch.uint8).numpy()
-
-
-def idx(array: np.ndarray) -> bytes:
-    sizes = struct.pack(f">{array.ndim}I", *array.shape)
-    return struct.pack(">I", 0x800 + array.ndim) + sizes + array.tobytes()
-
-
-def write_idx_set(
-    folder: Path,
-    rng: torch.Generator,
-    *,
-    zipped: bool = True,
-    train: int = 400,
-    test: int = 30,
-    size: tuple[int, int] = (7, 5),
-) -> tuple[np.ndarray, np.ndarray]:
-    folder.mkdir(parents=True, exist_ok=True)
-    suffix, pack = (".gz", gzip.compress) if zipped else ("", bytes)
-    images = bytes_of((train, *size), rng)
-    labels = (np.arange(train) % 10).astype(np.uint8)
-    contents = (images, labels, bytes_of((test, *size), rng), bytes_of((test,), rng, 10))
-    for name, content in zip(NAMES, contents, strict=True):
-        (folder / (name + suffix)).write_bytes(pack(idx(content)))
-    return images, labels
-
-
-def save(path: Path, pixels: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-def save_many(folder: Path, count: int, rng: torch.Generator, shape=(8, 9)) -> None:
-    for i in range(count):
-        save(folder / f"{i}.png", bytes_of(shape, rng))
-
-
-def rows(images: Tensor) -> set[bytes]:
-    return {image.numpy().tobytes() for image in images}
-
+from tests.images import IDX_FILES, bytes_of, idx, rows, write_idx_set
 
 # IDX files ---------------------------------------------------------------------------------------
 
@@ -140,18 +88,18 @@ def test_damaged_gzip(tmp_path: Path, rng: torch.Generator) -> None:
 
 
 def test_missing_files_say_what_goes_where(tmp_path: Path, rng: torch.Generator) -> None:
-    where = re.escape(str(tmp_path / "mnist" / f"{NAMES[0]}.gz"))
+    where = re.escape(str(tmp_path / "mnist" / f"{IDX_FILES[0]}.gz"))
     with pytest.raises(UserError, match=f"needs the file {where}.*download=True"):
         load_images("mnist", tmp_path, normal_class=0)
     write_idx_set(tmp_path, rng)
-    (tmp_path / f"{NAMES[3]}.gz").unlink()
-    with pytest.raises(UserError, match=re.escape(str(tmp_path / NAMES[3]))):
+    (tmp_path / f"{IDX_FILES[3]}.gz").unlink()
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / IDX_FILES[3]))):
         load_images("mnist", tmp_path, normal_class=0)
 
 
 def test_labels_that_do_not_fit(tmp_path: Path, rng: torch.Generator) -> None:
     write_idx_set(tmp_path, rng, zipped=False, train=50)
-    labels = tmp_path / NAMES[1]
+    labels = tmp_path / IDX_FILES[1]
     labels.write_bytes(idx(bytes_of((49,), rng, 10)))
     with pytest.raises(UserError, match=r"has 50 images, but .* has 49 labels"):
         load_images("mnist", tmp_path, normal_class=0)
@@ -192,10 +140,10 @@ def test_download_checks_and_falls_back(
     good, bad = tmp_path / "good", tmp_path / "bad"
     write_idx_set(good, rng)
     bad.mkdir()
-    (bad / f"{NAMES[1]}.gz").write_bytes(b"no labels")
+    (bad / f"{IDX_FILES[1]}.gz").write_bytes(b"no labels")
 
     files = []
-    for name in NAMES:
+    for name in IDX_FILES:
         content = (good / f"{name}.gz").read_bytes()
         digest = hashlib.sha256(content).hexdigest()
         files.append(download.RemoteFile(f"{name}.gz", len(content), digest))

@@ -13,8 +13,7 @@ import torch
 from fastalps.data import Clip, load_ucsd
 from fastalps.errors import UserError
 from tests.conftest import data_folder
-from tests.test_data_images import bytes_of, save
-from tests.test_data_video import HEIGHT, WIDTH, write_frames
+from tests.images import HEIGHT, WIDTH, bytes_of, save, write_frames
 
 M_FILE = """TestVideoFile = {};
 % a comment on gt_frame

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,19 +11,9 @@ from safetensors.torch import load_file
 from fastalps import distributed
 from fastalps.errors import UserError
 from tests import distributed_run
-from tests.test_data_images import write_idx_set
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def run_in(processes: int, *command: str) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launcher += [f"--nproc-per-node={processes}"]
-    # Threads of several processes must not fight over the cores.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*launcher, *command], capture_output=True, text=True, env=environment, check=False
-    )
+from tests.commands import rows_of, run_in
+from tests.conftest import threads
+from tests.images import write_idx_set
 
 
 @pytest.mark.parametrize(
@@ -42,11 +27,8 @@ def test_two_processes_are_one(tmp_path, perturbation, batch_norm) -> None:
     arguments = (perturbation, str(int(batch_norm)))
     done = run_in(2, str(distributed_run.__file__), str(together), *arguments)
     assert done.returncode == 0, done.stderr
-    before = torch.get_num_threads()
-    try:
+    with threads(1):
         distributed_run.run(alone, perturbation, batch_norm)
-    finally:
-        torch.set_num_threads(before)
     found, expected = (load_file(f / "result.safetensors") for f in (together, alone))
     assert found.keys() == expected.keys()
     # One ulp of the first weights moves the errors by 4e-4, convolutions of another instruction set
@@ -61,8 +43,7 @@ def test_two_processes_are_one(tmp_path, perturbation, batch_norm) -> None:
     )
     assert (two - one).norm() < 1e-2 * one.norm()
     # One process writes.
-    with open(together / "run" / "history.csv", newline="") as file:
-        assert len(list(csv.DictReader(file))) == 3
+    assert len(rows_of(together / "run" / "history.csv")) == 3
 
 
 def test_the_command_under_torchrun(tmp_path) -> None:

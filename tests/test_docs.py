@@ -12,8 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests import documentation, documented_commands
-from tests.documentation import ROOT, Block, blocks
+from tests import ROOT, documentation, documented_commands
+from tests.documentation import Block, blocks
+from tests.videos import run_on, scene, write
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PAGES = {page: (ROOT / page).read_text(encoding="utf-8") for page in documentation.pages()}
 BLOCKS = {page: blocks(page, text) for page, text in PAGES.items()}
@@ -30,23 +33,12 @@ EXTRAS = {
 
 def recorded_run(folder: Path) -> None:
     """A run on video, and a recording to score with it."""
-    from tests.test_video_input import run_on, scene, write
-
     run_on(folder / "runs" / "gate", scene(), motion=True)
     write(folder / "today.mp4", scene(), "mpeg4")
 
 
 # What the reader of a page has made before its Python blocks, by its shell blocks.
 PREPARED: dict[str, Callable[[Path], None]] = {"docs/video.md": recorded_run}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Batches this small only wait for a second thread, long where others want the cores, too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def python_blocks(marked: bool) -> list[Block]:

@@ -16,7 +16,7 @@ from fastalps import Calibration, DriftMonitor
 from fastalps.calibration import QUANTILES, correlation_length, order_statistic, quantiles_of
 from fastalps.cli import score
 from fastalps.drift import WATCHED, _beta_binomial_tail
-from tests.test_data_images import save
+from tests.images import save
 
 
 def calibrated(scores: torch.Tensor, level: str = "frame") -> Calibration:

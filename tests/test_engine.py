@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import dataclasses
 import logging
-import os
 import threading
-from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastalps import ALPS, MotionGate, Scorer, TrainConfig, Trainer, backends, use_backend
 from fastalps.data import load_images
@@ -24,101 +21,11 @@ from fastalps.engine import Engine, axes, log_layer_by_layer, why_not
 from fastalps.engine.packing import pack
 from fastalps.models import BOUNDS, PERTURBATIONS, PRESETS
 from fastalps.testing import SCORE_ERROR, poisoned
-
-STATE = backends.load_native("cpu")
-needs_library = pytest.mark.skipif(not STATE.available, reason=STATE.reason)
-
-# Fewer random networks where a sanitizer checks every access.
-EXAMPLES = 8 if "FASTALPS_TEST_LIBRARY" in os.environ else 40
+from tests.conftest import threads
+from tests.images import pixels_of
+from tests.networks import exact, examples, needs_library, networks, randomise, relative
 
 ERROR = SCORE_ERROR[torch.float32]
-
-
-def randomise(model: ALPS, seed: int) -> ALPS:
-    """Weights and running statistics as training leaves them: none of them special."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform(tensor: Tensor, low: float, high: float) -> None:
-        tensor.copy_(low + (high - low) * torch.rand(tensor.shape, generator=generator))
-
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                uniform(module.running_mean, -0.3, 0.3)
-                uniform(module.running_var, 0.3, 3.0)
-                uniform(module.weight, 0.5, 1.5)
-                uniform(module.bias, -0.3, 0.3)
-            elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-                fan = module.weight[0].numel()
-                module.weight.normal_(0, (2 / fan) ** 0.5, generator=generator)
-                if module.bias is not None:
-                    uniform(module.bias, -0.2, 0.2)
-    return model.eval()
-
-
-def exact(model: ALPS, images: Tensor) -> Tensor:
-    """(2, N) float64: normal, perturbed."""
-    pixels = images.double() / (255 if images.dtype == torch.uint8 else 1)
-    scores = Engine64(model).score(pixels)
-    return torch.stack([scores.normal, scores.perturbed])
-
-
-class Engine64(ALPS):
-    """The model in float64, its errors too: the ops give float32."""
-
-    def __init__(self, model: ALPS) -> None:
-        super().__init__(**vars(model.config))
-        self.load_state_dict(model.state_dict())
-        self.double().eval()
-
-    @torch.no_grad()
-    def score(self, images: Tensor) -> Any:
-        out = self(images)
-        pairs = (out.reconstruction, out.perturbed_reconstruction)
-        side = self.config.smoothing
-        errors = [mean_square(neighbourhood_means(one - images, side)) for one in pairs]
-        return type("Scores", (), {"normal": errors[0], "perturbed": errors[1]})
-
-
-def mean_square(maps: Tensor) -> Tensor:
-    return maps.square().flatten(1).mean(1)
-
-
-def neighbourhood_means(maps: Tensor, side: int) -> Tensor:
-    """Of (N, C, H, W): sums of shifted maps over how many of the shifted places lie inside."""
-    reach = side // 2
-    height, width = maps.shape[2:]
-    inside = torch.ones_like(maps[:1, :1])
-    padded, counted = (F.pad(x, [reach] * 4) for x in (maps, inside))
-    total, count = torch.zeros_like(maps), torch.zeros_like(inside)
-    for i in range(side):
-        for j in range(side):
-            window = (..., slice(i, i + height), slice(j, j + width))
-            total, count = total + padded[window], count + counted[window]
-    return total / count
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    if expected.numel() == 0:
-        return 0.0
-    return float(((found.double() - expected).abs() / expected).max())
-
-
-def pixels_of(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.uint8) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    if dtype == torch.uint8:
-        return torch.randint(0, 256, shape, generator=generator, dtype=dtype)
-    return torch.rand(shape, generator=generator).to(dtype)
 
 
 # Algorithms along one axis -----------------------------------------------------------------------
@@ -185,34 +92,8 @@ def test_layers_take_what_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
 # Scores ----------------------------------------------------------------------------------------
 
 
-@st.composite
-def networks(draw: st.DrawFn) -> ALPS:
-    width = st.integers(1, 20)
-    widths = st.tuples(width, width, width)
-    torch.manual_seed(0)
-    model = ALPS(
-        image_size=draw(st.tuples(st.integers(8, 64), st.integers(8, 64))),
-        channels=draw(st.integers(1, 4)),
-        preset="fast",
-        latent=draw(width),
-        encoder=draw(widths),
-        distorter=draw(widths),
-        decoder=draw(st.tuples(width, width, width, width, width, width)),
-        batch_norm=draw(st.booleans()),
-        negative_slope=draw(st.sampled_from([0.0, 0.01, 0.2])),
-        bound=draw(st.sampled_from(BOUNDS)),
-        strength=draw(st.sampled_from([0.5, 1.0, 2.0])),
-        smoothing=draw(st.sampled_from([1, 3, 7])),
-    )
-    return randomise(model, draw(st.integers(0, 1000)))
-
-
 @needs_library
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+@examples
 @given(
     model=networks(),
     count=st.one_of(st.integers(1, 40), st.integers(1, 300)),
@@ -284,7 +165,7 @@ def test_perturbations(perturbation: str, bound: str) -> None:
         # The same noise, as the engine draws it.
         torch.manual_seed(8)
         noise = torch.randn(21, model.config.latent).double()
-        double = Engine64(model)
+        double = copy.deepcopy(model).double()
         pixels = images.double() / 255
         logits = double.decode(double.encode(pixels) + 0.7 * noise)
         expected = (logits.sigmoid() - pixels).square().flatten(1).mean(1).detach()

@@ -18,9 +18,9 @@ from fastalps.fused import FusedEngine, why_not
 from fastalps.fused_packing import SHAPES, fragments, pack_fused, shape_number
 from fastalps.models import model_config
 from fastalps.testing import SCORE_ERROR, poisoned
-from tests.test_fused_emulation import NAMES, Reference, frames_of, make_model, patches_of
+from tests.fused_reference import NAMES, STRIDE, Reference, frames_of, make_model, patches_of
+from tests.networks import exact, relative
 
-STRIDE = (7, 9)
 BF16 = SCORE_ERROR[torch.bfloat16]
 
 
@@ -99,15 +99,6 @@ def engine_for(model: ALPS) -> FusedEngine:
     return FusedEngine(model, device)
 
 
-def exact(model: ALPS, images: Tensor) -> Tensor:
-    """(2, N) float64: normal and perturbed errors in float64."""
-    return torch.stack(copy.deepcopy(model).double().score(images)[:2]).double()
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float(((found.double().cpu() - expected).abs() / expected).max())
-
-
 def cut_of(model: ALPS, edge: str = "cover") -> tuple:
     return model.config.image_size, STRIDE, edge
 
@@ -139,7 +130,7 @@ def test_passes_and_bounds(bound, passes, rng):
     images = torch.rand(37, 1, 28, 28, generator=rng)
     found = engine_for(model).errors(images.cuda(), passes)
     rows = {"normal": [0], "perturbed": [1], "both": [0, 1]}[passes]
-    assert relative(found, exact(model, images.double())[rows]) <= BF16
+    assert relative(found, exact(model, images)[rows]) <= BF16
 
 
 @pytest.mark.gpu
@@ -161,7 +152,7 @@ def test_without_perturbation(rng):
     images = torch.rand(9, 1, 28, 28, generator=rng)
     found = engine_for(model).errors(images.cuda(), "both")
     assert found.shape == (2, 9) and torch.equal(found[0], found[1])
-    assert relative(found, exact(model, images.double())) <= BF16
+    assert relative(found, exact(model, images)) <= BF16
 
 
 @pytest.mark.gpu

@@ -10,15 +10,12 @@ from fastalps import MotionGate, ops
 from fastalps.data import load_ucsd
 from fastalps.gate import StreamingBackground, clip_background
 from tests.conftest import data_folder
-
-
-def frames_of(shape: tuple[int, ...], rng: torch.Generator) -> torch.Tensor:
-    return torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8)
+from tests.images import pixels_of
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 5), (2, 7, 3), (9, 33, 17), (300, 5, 4), (40, 200, 301)])
 def test_background_is_the_lower_median(rng: torch.Generator, shape: tuple[int, ...]) -> None:
-    frames = frames_of(shape, rng)
+    frames = pixels_of(shape, rng)
     expected = frames.median(0).values  # torch.median is the lower one
     assert torch.equal(clip_background(frames, None), expected)
     assert torch.equal(clip_background(frames.numpy(), None), expected)
@@ -31,13 +28,13 @@ def test_background_reaches_the_ends_of_the_range() -> None:
 
 
 def test_background_of_many_frames_works_in_blocks(rng: torch.Generator, monkeypatch) -> None:
-    frames = frames_of((50, 9, 11), rng)
+    frames = pixels_of((50, 9, 11), rng)
     monkeypatch.setattr("fastalps.gate._MEDIAN_BYTES", 150)
     assert torch.equal(clip_background(frames, None), frames.median(0).values)
 
 
 def test_background_of_a_sample(rng: torch.Generator, tmp_path) -> None:
-    frames = frames_of((100, 6, 5), rng)
+    frames = pixels_of((100, 6, 5), rng)
     expected = frames[::10].median(0).values
     assert torch.equal(clip_background(frames, 10), expected)
     np.save(tmp_path / "frames.npy", frames.numpy())
@@ -47,12 +44,12 @@ def test_background_of_a_sample(rng: torch.Generator, tmp_path) -> None:
 
 
 def test_background_of_strided_frames(rng: torch.Generator) -> None:
-    frames = frames_of((12, 8, 10), rng)[::2, 1::2, ::3]
+    frames = pixels_of((12, 8, 10), rng)[::2, 1::2, ::3]
     assert torch.equal(clip_background(frames), frames.contiguous().median(0).values)
 
 
 def test_streaming_background_is_exact_while_all_frames_fit(rng: torch.Generator) -> None:
-    frames = frames_of((30, 6, 7), rng)
+    frames = pixels_of((30, 6, 7), rng)
     estimate = StreamingBackground(samples=64)
     assert torch.equal(estimate.update(frames[:20]), frames[:20].median(0).values)
     assert torch.equal(estimate.update(frames[20:]), frames.median(0).values)
@@ -84,16 +81,16 @@ def test_streaming_background_checks_its_frames(rng: torch.Generator) -> None:
     estimate = StreamingBackground()
     with pytest.raises(ValueError, match="no background of no frames"):
         estimate.update(torch.empty(0, 4, 4, dtype=torch.uint8))
-    estimate.update(frames_of((3, 4, 4), rng))
+    estimate.update(pixels_of((3, 4, 4), rng))
     estimate.update(torch.empty(0, 4, 4, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"keep the size \(4, 4\).*got \(4, 5\)"):
-        estimate.update(frames_of((3, 4, 5), rng))
+        estimate.update(pixels_of((3, 4, 5), rng))
 
 
 @pytest.mark.parametrize("edge", ["cover", "drop"])
 def test_gate_keeps_what_differs_from_the_background(rng: torch.Generator, edge: str) -> None:
-    frames = frames_of((5, 23, 31), rng) // 16
-    background = frames_of((23, 31), rng) // 16
+    frames = pixels_of((5, 23, 31), rng) // 16
+    background = pixels_of((23, 31), rng) // 16
     gate = MotionGate(threshold=5.0, background=background)
     kept = gate.kept(frames, (7, 9), (4, 5), edge)
     difference = (frames.int() - background.int()).abs().to(torch.float32)
@@ -104,7 +101,7 @@ def test_gate_keeps_what_differs_from_the_background(rng: torch.Generator, edge:
 
 
 def test_gate_in_small_pieces_is_the_same(rng: torch.Generator, monkeypatch) -> None:
-    frames = frames_of((6, 20, 24), rng) // 32
+    frames = pixels_of((6, 20, 24), rng) // 32
     gate = MotionGate(threshold=2.5)
     whole = gate.kept(frames, 6, 3)
     monkeypatch.setattr(

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from bench import gpu_check
+from tests import ROOT
 
-SCRIPT = Path(__file__).parents[1] / "bench" / "gpu_check.py"
+SCRIPT = ROOT / "bench" / "gpu_check.py"
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.test_kernels" name="test_values[native-cuda]"/>
 <testcase classname="tests.test_kernels" name="test_gradients"><failure message="off"/></testcase>

@@ -18,13 +18,9 @@ import torch
 from torch import Tensor
 
 from fastalps import backends, reference
-from fastalps.op_definitions import SCHEMAS
 from fastalps.testing import poisoned, realistic_inputs, sample_inputs, to_device, tolerance
 from tests import ops_emulator
-
-FORWARD = [name for name in SCHEMAS if not name.endswith("_backward")]
-DIFFERENTIABLE = [name for name in FORWARD if name != "active_patches"]
-LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
+from tests.op_names import DIFFERENTIABLE, FORWARD, LOW_PRECISION, outputs_of
 
 
 @dataclass(frozen=True)
@@ -103,10 +99,6 @@ def _exact(argument):
     return torch.float64 if isinstance(argument, torch.dtype) else argument
 
 
-def _outputs(result) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
-
-
 def _precision(dtype: torch.dtype, arguments: tuple) -> torch.dtype:
     """The dtype that bounds the error: float64 results of other inputs are computed in float32."""
     if dtype == torch.float64 and arguments[0].dtype != torch.float64:
@@ -137,10 +129,10 @@ def test_values(op: str, implementation: Implementation, rng: torch.Generator) -
     for arguments in _affordable(op, implementation, rng):
         given = to_device(arguments, implementation.device)
         with poisoned():
-            actual = _outputs(implementation(op)(*given))
-        expected = _outputs(getattr(reference, op)(*map(_exact, arguments)))
+            actual = outputs_of(implementation(op)(*given))
+        expected = outputs_of(getattr(reference, op)(*map(_exact, arguments)))
         # The energy and the errors are float32 whatever goes in.
-        likes = _outputs(getattr(reference, op)(*arguments))
+        likes = outputs_of(getattr(reference, op)(*arguments))
         for one, exact, like in zip(actual, expected, likes, strict=True):
             assert one.dtype == like.dtype and one.shape == like.shape and one.is_contiguous()
             assert one.device.type == implementation.device
@@ -154,8 +146,8 @@ def _gradients_agree(
 ) -> None:
     given = _leaves(to_device(arguments, implementation.device))
     exact = _leaves(map(_exact, arguments))
-    actual = _outputs(implementation(op)(*given))
-    expected = _outputs(getattr(reference, op)(*exact))
+    actual = outputs_of(implementation(op)(*given))
+    expected = outputs_of(getattr(reference, op)(*exact))
     # The weights as the outputs' dtypes hold them.
     weights = [torch.randn(one.shape, generator=rng).to(one.dtype) for one in actual]
     with poisoned():
@@ -217,8 +209,8 @@ def test_gradients(op: str, implementation: Implementation, rng: torch.Generator
 def test_realistic_sizes(op: str, implementation: Implementation, rng: torch.Generator) -> None:
     arguments = realistic_inputs(op, rng)
     with poisoned():
-        actual = _outputs(implementation(op)(*to_device(arguments, implementation.device)))
-    expected = _outputs(getattr(reference, op)(*map(_exact, arguments)))
+        actual = outputs_of(implementation(op)(*to_device(arguments, implementation.device)))
+    expected = outputs_of(getattr(reference, op)(*map(_exact, arguments)))
     for one, exact in zip(actual, expected, strict=True):
         implementation.close(one, exact, _precision(one.dtype, arguments))
     if op == "fold_scores":
@@ -311,7 +303,7 @@ def test_half_conversions_are_exact(implementation: Implementation) -> None:
 @pytest.mark.parametrize("op", FORWARD)
 def test_runs_repeat_bit_for_bit(op: str, implementation: Implementation, rng) -> None:
     arguments = to_device(realistic_inputs(op, rng), implementation.device)
-    first, second = (_outputs(implementation(op)(*arguments)) for _ in range(2))
+    first, second = (outputs_of(implementation(op)(*arguments)) for _ in range(2))
     assert all(a.equal(b) for a, b in zip(first, second, strict=True))
 
 
@@ -356,7 +348,7 @@ def test_cuda_graph(op: str, implementation: Implementation, rng: torch.Generato
     leaves = [a for a in given if isinstance(a, Tensor) and a.requires_grad]
 
     def run() -> list[Tensor]:
-        outputs = _outputs(implementation(op)(*given))
+        outputs = outputs_of(implementation(op)(*given))
         grads = torch.autograd.grad(outputs, leaves, [torch.ones_like(one) for one in outputs])
         return [one.detach() for one in (*outputs, *grads)]
 
@@ -384,7 +376,7 @@ def test_cuda_graph(op: str, implementation: Implementation, rng: torch.Generato
 def test_runs_on_the_current_stream(op: str, implementation: Implementation, rng) -> None:
     """The inputs arrive late on a side stream: a launch on any other stream would miss them."""
     given = to_device(realistic_inputs(op, rng), implementation.device)
-    expected = _outputs(implementation(op)(*given))
+    expected = outputs_of(implementation(op)(*given))
     late = [torch.zeros_like(a) if isinstance(a, Tensor) else a for a in given]
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
@@ -393,7 +385,7 @@ def test_runs_on_the_current_stream(op: str, implementation: Implementation, rng
         for empty, full in zip(late, given, strict=True):
             if isinstance(full, Tensor):
                 empty.copy_(full)
-        actual = _outputs(implementation(op)(*late))
+        actual = outputs_of(implementation(op)(*late))
     stream.synchronize()
     for one, other in zip(actual, expected, strict=True):
         assert one.equal(other)
@@ -406,7 +398,7 @@ def test_runs_on_the_tensors_device(op: str, implementation: Implementation, rng
         pytest.skip(f"{implementation}: needs two CUDA devices")
     given = to_device(realistic_inputs(op, rng), "cuda")
     other = [a.to("cuda:1") if isinstance(a, Tensor) else a for a in given]
-    first, second = (_outputs(implementation(op)(*arguments)) for arguments in (given, other))
+    first, second = (outputs_of(implementation(op)(*arguments)) for arguments in (given, other))
     assert all(one.device.index == 1 for one in second)
     assert all(a.equal(b.to("cuda:0")) for a, b in zip(first, second, strict=True))
 

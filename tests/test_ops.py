@@ -16,14 +16,8 @@ import fastalps
 from fastalps import backends, ops, reference
 from fastalps.op_definitions import SCHEMAS
 from fastalps.testing import sample_inputs
-
-FORWARD = [name for name in SCHEMAS if not name.endswith("_backward")]
-DIFFERENTIABLE = [name for name in FORWARD if name != "active_patches"]
-LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def _outputs(result) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
+from tests.conftest import threads
+from tests.op_names import DIFFERENTIABLE, LOW_PRECISION, outputs_of
 
 
 def test_every_op_has_a_reference() -> None:
@@ -68,10 +62,10 @@ def _public_calls(rng: torch.Generator):
 
 def test_public_functions_compile_and_agree(rng: torch.Generator) -> None:
     for name, call in _public_calls(rng).items():
-        eager = _outputs(call())
-        compiled = _outputs(torch.compile(call, fullgraph=True)())
+        eager = outputs_of(call())
+        compiled = outputs_of(torch.compile(call, fullgraph=True)())
         with fastalps.use_backend("reference"):
-            expected = _outputs(call())
+            expected = outputs_of(call())
         for one, two, three in zip(eager, compiled, expected, strict=True):
             torch.testing.assert_close(one, two, msg=name)
             torch.testing.assert_close(one, three, rtol=2e-6, atol=2e-6, msg=name)
@@ -129,12 +123,10 @@ def test_patches_are_the_frames_pixels(rng: torch.Generator) -> None:
 
 def test_results_do_not_depend_on_threads(rng: torch.Generator) -> None:
     values = torch.randn(2, 300001, generator=rng)
-    before = torch.get_num_threads()
     results = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        results.append(ops.sigmoid_mse(values, values.flip(0)))
-    torch.set_num_threads(before)
+    for count in (1, 2):
+        with threads(count):
+            results.append(ops.sigmoid_mse(values, values.flip(0)))
     assert torch.equal(*results)
 
 

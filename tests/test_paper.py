@@ -16,9 +16,9 @@ from bench.quality import baselines, cells, recipes, rehearsal, tables, video
 from bench.quality.cells import Cell
 from fastalps import metrics
 from fastalps.relative import relative_errors
-from tests.test_cli import rows_of
-from tests.test_data_images import write_idx_set
-from tests.video_scenes import FRAMES, write_street
+from tests.commands import rows_of
+from tests.images import write_idx_set
+from tests.videos import FRAMES, write_street
 
 SIZE = (12, 12)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +14,9 @@ from fastalps.cli import score
 from fastalps.data import load_images
 from fastalps.errors import UserError
 from fastalps.pretrained import PRETRAINED, pretrained_path
+from tests import ROOT
 from tests.conftest import data_folder
 
-ROOT = Path(__file__).resolve().parents[1]
 CARD = (ROOT / "docs" / "pretrained.md").read_text(encoding="utf-8")
 
 

@@ -19,17 +19,11 @@ from pyod.utils.data import generate_data
 
 from fastalps.pyod import ALPS
 from fastalps.sklearn import ALPSDetector
+from tests.conftest import threads
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 OPTIONS = {"epochs": 10, "latent": 4, "random_state": 42}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Batches this small only wait for a second thread, long where others want the cores, too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +33,8 @@ def data():
 
 @pytest.fixture(scope="module")
 def fitted(data) -> ALPS:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    detector = ALPS(contamination=0.1, **OPTIONS).fit(data[0])
-    torch.set_num_threads(before)
-    return detector
+    with threads(1):
+        return ALPS(contamination=0.1, **OPTIONS).fit(data[0])
 
 
 def in_range(values, low=0, high=1) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -25,51 +25,21 @@ from fastalps.folding import fold_batch_norm
 from fastalps.models import BOUNDS, PERTURBATIONS, Encoder
 from fastalps.quantization import Agreement, Quantization, quantize
 from fastalps.testing import SCORE_ERROR, poisoned
-from tests.test_engine import (
-    EXAMPLES,
+from tests.conftest import threads
+from tests.images import pixels_of
+from tests.networks import (
+    carried_rounding,
     exact,
+    examples,
     mean_square,
+    needs_library,
     neighbourhood_means,
     networks,
-    pixels_of,
     randomise,
     relative,
-    threads,
 )
 
-STATE = backends.load_native("cpu")
-needs_library = pytest.mark.skipif(not STATE.available, reason=STATE.reason)
 emulated = pytest.mark.filterwarnings("ignore:this processor has no")
-
-
-def carried_rounding(weight: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
-    """Weights (a, b, 3, 3) in bf16: of the taps that meet in an output pixel, the largest first,
-    each takes what rounding the last one lost."""
-    taps = weight.flatten(2)
-    reach = []
-    for tap in range(9):
-        one = torch.zeros(9, dtype=weight.dtype)
-        one[tap] = 1
-        reach.append(apply(one.view(1, 1, 3, 3)).flatten() != 0)
-    groups: list[list[int]] = []
-    for tap in range(9):
-        near = [g for g in groups if any((reach[tap] & reach[other]).any() for other in g)]
-        joined = [other for g in near for other in g]
-        groups = [g for g in groups if g not in near] + [[*joined, tap]]
-    result = torch.empty_like(taps)
-    for group in groups:
-        lost = torch.zeros(weight.shape[:2], dtype=weight.dtype)
-        left = taps[:, :, group].abs()
-        for _ in group:
-            # The largest that was not rounded yet, of each pair of channels.
-            pick = left.argmax(2, keepdim=True)
-            left.scatter_(2, pick, -1.0)
-            index = torch.tensor(group)[pick]
-            wanted = taps.gather(2, index)[..., 0] + lost
-            kept = wanted.bfloat16().double()
-            result.scatter_(2, index, kept[..., None])
-            lost = wanted - kept
-    return result.view_as(weight)
 
 
 class Rounded:
@@ -205,11 +175,7 @@ def check(found: Tensor, expected: Tensor, median: float = 3e-3, factor: int = 1
 
 
 @needs_library
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+@examples
 @given(
     model=networks(),
     count=st.integers(1, 60),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import signal
 from pathlib import Path
@@ -13,15 +12,14 @@ import pytest
 import torch
 
 import fastalps
-from fastalps import Scorer
 from fastalps.cli import score
 from fastalps.errors import UserError
 from fastalps.integrations.ray import FrameScorer, VideoScorer
-from tests.test_distributed import ROOT
+from tests import ROOT
+from tests.commands import rows_of
+from tests.videos import FRAMES, PATCH, run_on, run_on_images, scene, write
 
 pytest.importorskip("av", reason="PyAV is not installed: pip install 'fastalps[video]'")
-
-from tests.test_video_input import FRAMES, PATCH, run_on, scene, write
 
 VIDEOS = 4
 
@@ -32,11 +30,7 @@ def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("ray")
     run_on(root / "gray", scene())
     run_on(root / "motion", scene(), motion=True)
-    torch.manual_seed(1)
-    model = fastalps.ALPS(PATCH, 1, "fast", latent=4)
-    calibration = Scorer(model).calibrate(torch.rand(30, 1, PATCH, PATCH), 0.2)
-    (root / "images").mkdir()
-    fastalps.save(model, root / "images" / "model.safetensors", calibration)
+    run_on_images(root / "images")
     (root / "videos").mkdir()
     for i in range(VIDEOS):
         write(root / "videos" / f"{i}.mkv", np.roll(scene(), 5 * i, 2))
@@ -49,9 +43,8 @@ def expected_scores(folder: Path, run: str, out: Path) -> dict[tuple[str, str], 
     for path in sorted((folder / "videos").iterdir()):
         arguments = [str(folder / run), str(path), "--out", str(out / path.stem), "--device", "cpu"]
         assert score.main([*arguments, "--chunk", "7", "--overlays", "0"]) == 0
-        with open(out / path.stem / "scores.csv", newline="") as file:
-            for row in csv.DictReader(file):
-                scores[str(path), row["frame"]] = float(row["score"])
+        for row in rows_of(out / path.stem / "scores.csv"):
+            scores[str(path), row["frame"]] = float(row["score"])
     return scores
 
 

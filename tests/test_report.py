@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import html.parser
 import io
 import json
@@ -22,7 +21,8 @@ from fastalps.cli.report_page import histogram, timeline
 from fastalps.cli.score_files import ScoreFiles
 from fastalps.cli.score_summary import BINS, POINTS, Histogram, ScoreSummary, Trace
 from fastalps.errors import UserError
-from tests.test_data_images import save
+from tests.commands import rows_of
+from tests.images import save
 
 HEIGHT, WIDTH, FRAMES = 40, 60, 24
 
@@ -105,8 +105,7 @@ def test_the_report_says_what_the_other_files_say(out) -> None:
     text = (out / "report.html").read_text(encoding="utf-8")
     assert "a&lt;b&gt; &amp; &#x27;c&#x27;" in text and "a<b>" not in text
     facts = json.loads((out / "summary.json").read_text())["metrics"]
-    with open(out / "scores.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(out / "scores.csv")
     scores = [float(row["score"]) for row in rows]
     assert facts["frames"] == len(rows) == FRAMES
     assert facts["flagged"] == sum(row["flagged"] == "1" for row in rows) > 0

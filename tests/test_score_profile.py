@@ -9,16 +9,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import fastalps
-from fastalps import Scorer, backends
+from fastalps import backends
 from fastalps.cli import score, score_profile
 from fastalps.cli.options import ScoreOptions
 from fastalps.cli.score_profile import FINISH, MOTION, READ, SCORE, START, WRITE, Profile
 from fastalps.data.decode import worker_count
 from fastalps.stage_times import DECODE, StageTimes
 from fastalps.streaming import COMPUTE, COPY, DEVICE_WAIT
-from tests.test_data_images import save
-from tests.test_video_input import PATCH, error_of, run_on, scene, write
+from tests.commands import error_of
+from tests.images import save
+from tests.videos import PATCH, run_on, run_on_images, scene, write
+
+pytest.importorskip("av", reason="PyAV is not installed: pip install 'fastalps[video]'")
 
 
 def test_laps_divide_the_whole(monkeypatch) -> None:
@@ -175,11 +177,7 @@ def inputs(tmp_path_factory):
     for t, frame in enumerate(frames):
         save(root / "frames" / f"{t}.png", frame)
         save(root / "images" / f"{t}.png", frame[:PATCH, :PATCH])
-    torch.manual_seed(1)
-    model = fastalps.ALPS(PATCH, 1, "fast", latent=4)
-    calibration = Scorer(model).calibrate(torch.rand(30, 1, PATCH, PATCH), 0.2)
-    (root / "image-run").mkdir()
-    fastalps.save(model, root / "image-run" / "model.safetensors", calibration)
+    run_on_images(root / "image-run")
     run_on(root / "gray-run", frames)
     run_on(root / "motion-run", frames, motion=True)
     write(root / "a.mkv", frames)

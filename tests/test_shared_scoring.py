@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 
-import fastalps
-from fastalps import Scorer
-from tests.test_data_images import save
-from tests.test_distributed import ROOT, run_in
+from tests import ROOT
+from tests.commands import run_in
+from tests.images import save
+from tests.video_servers import Server
+from tests.videos import PATCH, run_on, run_on_images, scene, write
 
 pytest.importorskip("av", reason="PyAV is not installed: pip install 'fastalps[video]'")
-
-from tests.test_video_input import PATCH, Server, run_on, scene, write
 
 SCRIPT = str(ROOT / "tests" / "score_run.py")
 CHUNK = ["--chunk", "5", "--overlays", "2", "--device", "cpu"]
@@ -53,13 +51,8 @@ def inputs(tmp_path_factory) -> Inputs:
     write(root / "a.mkv", frames)
     path = write(root / "broken.avi", scene(60), "mjpeg")
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-    torch.manual_seed(1)
-    model = fastalps.ALPS(PATCH, 1, "fast", latent=4)
-    calibration = Scorer(model).calibrate(torch.rand(30, 1, PATCH, PATCH), 0.2)
-    (root / "images-run").mkdir()
-    fastalps.save(model, root / "images-run" / "model.safetensors", calibration)
     return Inputs(
-        root / "images-run",
+        run_on_images(root / "images-run"),
         run_on(root / "gray-run", frames),
         run_on(root / "motion-run", frames, motion=True),
         root / "images",

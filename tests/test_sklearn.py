@@ -22,21 +22,14 @@ import fastalps
 from fastalps.detector import Layout, flattened
 from fastalps.sklearn import ALPSDetector
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Checks that fail, each with its reason: none does.
 EXCEPTIONS: dict[str, str] = {}
 
 
 def quick(**options) -> ALPSDetector:
     return ALPSDetector(**{"epochs": 2, "latent": 4, "random_state": 0, **options})
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Batches this small only wait for a second thread, long where others want the cores, too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,8 +16,10 @@ from fastalps.training import batches, fit_stacked, stacked, validation
 from fastalps.training.grouped import stack, unstack
 from fastalps.training.run import CHECKPOINT
 from fastalps.training.steps import Steps
-from tests.test_engine import threads
-from tests.test_training import stripes, weights, without_speed
+from tests.conftest import needs_cuda
+from tests.tasks import stripes, task_of, weights, without_speed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 OPTIONS = TrainConfig(
     epochs=4,
@@ -33,13 +34,6 @@ WIDTHS = {"latent": 4, "encoder": (6, 8, 10), "decoder": (12, 10, 8, 8, 6, 6)}
 COUNTS, SEEDS = (60, 100, 85), (3, 8, 5)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Several would wait for each other in layers this small."""
-    with threads(1):
-        yield
-
-
 @pytest.fixture
 def tasks(rng) -> list[OneClassData]:
     """Three one-class tasks of 8 x 8 pixels, with different numbers of training images."""
@@ -47,18 +41,7 @@ def tasks(rng) -> list[OneClassData]:
     for number, count in enumerate(COUNTS):
         normal = stripes(count + 40, bool(number % 2), rng) // (number + 1)
         odd = stripes(20, not number % 2, rng)
-        labels = torch.arange(40) >= 20
-        found.append(
-            OneClassData(
-                f"stripes[{number}]",
-                normal[:count],
-                torch.cat([normal[count : count + 20], odd]),
-                labels,
-                torch.cat([normal[count + 20 :], odd.flip(0)]),
-                labels,
-                tuple(map(str, range(40))),
-            )
-        )
+        found.append(task_of(f"stripes[{number}]", normal, odd))
     return found
 
 
@@ -336,7 +319,7 @@ def test_models_that_do_not_go_together(tasks, tmp_path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 class TestCuda:
     @pytest.mark.parametrize("perturbation", ["adversarial", "none"])
     def test_captured_steps_equal_eager_ones(self, tasks, perturbation) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 
 import pytest
@@ -12,6 +11,7 @@ import fastalps
 from fastalps.cli import train
 from fastalps.errors import UserError
 from fastalps.training import TensorBoardLogger
+from tests.commands import rows_of
 
 OPTIONS = ["--dataset", "digits", "--normal-class", "3", "--preset", "fast", "--latent", "4"]
 
@@ -35,8 +35,7 @@ def test_tensorboard_shows_the_history(tmp_path) -> None:
     # The resumed run goes on logging, since that is part of its configuration.
     assert train.main(["--resume", "--epochs", "3", "--out", str(run)]) == 0
     found = scalars(run / "tensorboard")
-    with open(run / "history.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(run / "history.csv")
     assert len(rows) == 3
     for column, tag in (
         ("normal_error", "training/normal_error"),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,7 +17,11 @@ from fastalps.training.batches import Batches
 from fastalps.training.run_state import Average
 from fastalps.training.steps import Steps
 from fastalps.training.trainer import CHECKPOINT, HISTORY
-from tests.test_engine import threads
+from tests.commands import rows_of
+from tests.conftest import needs_cuda
+from tests.tasks import stripes, task_of, weights, without_speed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 SHORT = TrainConfig(epochs=4, batch_size=16, distorter_every=2, device="cpu", seed=3)
@@ -30,34 +32,9 @@ def small_model(seed: int = 0, **options) -> ALPS:
     return ALPS(8, 1, "fast", latent=4, **options)
 
 
-def stripes(count: int, across: bool, rng: torch.Generator) -> torch.Tensor:
-    """Images of bright stripes, level or upright: two classes that a small model tells apart."""
-    pattern = torch.arange(8) % 2 * 170
-    image = pattern.expand(8, 8) if across else pattern.expand(8, 8).T
-    noise = torch.randint(0, 60, (count, 1, 8, 8), generator=rng)
-    return (image + noise).to(torch.uint8)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Several would wait for each other in layers this small."""
-    with threads(1):
-        yield
-
-
 @pytest.fixture
 def task(rng) -> OneClassData:
-    normal, odd = stripes(100, True, rng), stripes(20, False, rng)
-    labels = torch.arange(40) >= 20
-    return OneClassData(
-        "stripes[0]",
-        normal[:60],
-        torch.cat([normal[60:80], odd]),
-        labels,
-        torch.cat([normal[80:], odd.flip(0)]),
-        labels,
-        tuple(f"{i}" for i in range(40)),
-    )
+    return task_of("stripes[0]", stripes(100, True, rng), stripes(20, False, rng))
 
 
 def fit(task, tmp_path=None, model=None, resume=False, **options):
@@ -66,17 +43,9 @@ def fit(task, tmp_path=None, model=None, resume=False, **options):
     return trainer.fit(model or small_model(), task, resume)
 
 
-def weights(model) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
 def changed(before, model) -> set[str]:
     after = model.state_dict()
     return {name for name in before if not torch.equal(before[name], after[name])}
-
-
-def without_speed(history) -> list[dict]:
-    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in history]
 
 
 @pytest.mark.parametrize("perturbation", ["adversarial", "noise", "none"])
@@ -249,8 +218,7 @@ def test_a_finished_run_goes_on_for_longer(task, tmp_path) -> None:
 
 def test_history_file(task, tmp_path) -> None:
     result = fit(task, tmp_path)
-    with open(tmp_path / HISTORY, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(tmp_path / HISTORY)
     assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
     for row, kept in zip(rows, result.history, strict=True):
         for name, value in kept.items():
@@ -444,7 +412,7 @@ def test_run_dir_that_is_a_file(tmp_path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 class TestCuda:
     @pytest.mark.parametrize("perturbation", ["adversarial", "none"])
     def test_captured_steps_equal_eager_ones(self, task, perturbation) -> None:

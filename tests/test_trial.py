@@ -9,7 +9,7 @@ import torch
 
 from bench import trial
 from fastalps.data import load_images
-from tests.test_data_images import write_idx_set
+from tests.images import write_idx_set
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +37,14 @@ def test_splits_training_images_only(folder, monkeypatch) -> None:
     assert torch.equal(again.validation, data.validation)
 
 
+@pytest.mark.usefixtures("kept_threads")
 def test_prints_what_was_measured(folder, monkeypatch, capsys) -> None:
     monkeypatch.setattr(trial, "HELD_OUT", 3)
     monkeypatch.setattr(trial, "ANOMALOUS", 40)
     options = ["--normal-class", "3", "--root", str(folder), "--epochs", "2", "--device", "cpu"]
     options += ["--preset", "fast", "--batch-size", "2"]
     options += ["--encoder", "[8,8,16]", "--decoder", "[16,8,8,8,8,8]"]
-    before = torch.get_num_threads()
-    try:
-        assert trial.main(options) == 0
-    finally:
-        torch.set_num_threads(before)
+    assert trial.main(options) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["epoch"] for row in rows[:2]] == [1, 2]
     assert all(0 <= row[kind] <= 100 for row in rows[:7] for kind in ("normal", "average"))

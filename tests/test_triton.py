@@ -7,13 +7,15 @@ import itertools
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from fastalps import backends, reference, testing
 from fastalps.op_definitions import SCHEMAS
+from tests import ROOT
+from tests.conftest import needs_cuda
+from tests.op_names import DIFFERENTIABLE, FORWARD, outputs_of
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 
@@ -22,17 +24,9 @@ if backends.triton_interpreted():
 
 importlib.import_module("fastalps.kernels.registration")
 
-HERE = Path(__file__).parent
-FORWARD = [name for name in SCHEMAS if not name.endswith("_backward")]
-DIFFERENTIABLE = [name for name in FORWARD if name != "active_patches"]
-
 
 def kernel(name):
     return getattr(torch.ops.fastalps, f"{name}_triton").default
-
-
-def outputs_of(result):
-    return result if isinstance(result, tuple) else (result,)
 
 
 def test_in_the_interpreter():
@@ -44,13 +38,13 @@ def test_in_the_interpreter():
             sys.executable,
             "-m",
             "pytest",
-            str(HERE / "triton_interpreted.py"),
+            str(ROOT / "tests" / "triton_interpreted.py"),
             "-q",
             "--tb=short",
             "-p",
             "no:cacheprovider",
         ],
-        cwd=HERE.parent,
+        cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
@@ -129,7 +123,7 @@ def test_compilers_see_the_kernels(name, dynamic, rng):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_on_gpu(name, dynamic, rng):

@@ -9,7 +9,7 @@ import torch
 
 from bench import trial, widths
 from bench.quality.recipes import Recipe
-from tests.test_data_images import write_idx_set
+from tests.images import write_idx_set
 
 TINY = {
     "tiny": {"encoder": (4, 4, 4), "decoder": (4, 4, 4, 4, 4, 4)},
@@ -18,7 +18,7 @@ TINY = {
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch):
+def small(tmp_path, monkeypatch, kept_threads):
     """Few images, tiny networks, results in a folder of the test; each training in this process."""
     write_idx_set(tmp_path / "mnist", torch.Generator().manual_seed(2), size=(28, 28))
     monkeypatch.setattr(trial, "HELD_OUT", 3)
@@ -34,9 +34,7 @@ def small(tmp_path, monkeypatch):
         return widths.main(arguments)
 
     monkeypatch.setattr(widths, "_apart", here)
-    before = torch.get_num_threads()
-    yield tmp_path, trained
-    torch.set_num_threads(before)
+    return tmp_path, trained
 
 
 def test_each_network_is_trained_once_and_drawn(small, capsys) -> None:
