@@ -1,7 +1,7 @@
-"""A made-up device that does what it is told as late and in as odd an order as it may.
+"""A made-up device, which does what it is told as late and in as odd an order as it may.
 
-Streams and events allow that, so that a wait that is missing shows in the scores. What it cannot
-show is the memory of a real device that is freed too early.
+As streams and events allow, that is: a wait that is missing shows in the scores. What it cannot
+show is the memory of a real device that is freed too early; test_streaming_cuda.py is for that.
 """
 
 from __future__ import annotations
