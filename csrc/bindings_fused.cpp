@@ -182,7 +182,7 @@ int64_t load_fused(const char* path) {
 
 }  // namespace fastalps
 
-// Loads what fastalps/fused_build.py built; called by it. Returns the number of the library's
+// Loads what fastalps/fused/build.py built; called by it. Returns the number of the library's
 // network for `fused_errors`, or -1.
 extern "C" __attribute__((visibility("default"))) int64_t fastalps_load_fused(const char* path) {
   return fastalps::load_fused(path);

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastalps import ops
-from fastalps.fused_packing import PackedWeights, Sizes, shape_number, sizes
+from fastalps.fused.packing import PackedWeights, Sizes, shape_number, sizes
 from fastalps.models import ALPS
 from fastalps.passes import Passes
 from tests import ROOT

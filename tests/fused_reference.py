@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fastalps import ALPS, ops
 from fastalps.folding import fold_batch_norm
-from fastalps.fused_packing import SHAPES
+from fastalps.fused.packing import SHAPES
 from tests.networks import carried_rounding, mean_square, neighbourhood_means, randomise
 
 NAMES = [f"{preset}-{size}" for preset, size in SHAPES]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastalps import ALPS, MotionGate, Scorer, ops, use_backend
 from fastalps.fused import FusedEngine, why_not
-from fastalps.fused_packing import SHAPES, fragments, pack_fused, shape_number
+from fastalps.fused.packing import SHAPES, fragments, pack_fused, shape_number
 from fastalps.models import model_config
 from fastalps.testing import SCORE_ERROR, poisoned
 from tests.fused_reference import NAMES, STRIDE, Reference, frames_of, make_model, patches_of

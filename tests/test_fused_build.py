@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastalps import ALPS, Scorer, backends, fused, fused_build
+from fastalps import ALPS, Scorer, backends, fused
 from fastalps.errors import UserError
-from fastalps.fused_packing import pack_fused, shape_number, sizes
+from fastalps.fused import build as fused_build
+from fastalps.fused.packing import pack_fused, shape_number, sizes
 from fastalps.models import ModelConfig, model_config
 
 HOPPER = (9, 0)
@@ -143,18 +144,18 @@ def test_what_a_scorer_is_told(config, fake, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(
         fused_build, "_load", lambda place: 1000 if "library" in place.read_text() else -1
     )
-    reason = fused_build.shape_number(config, HOPPER)
+    reason = fused_build.loaded_shape(config, HOPPER)
     assert "set FASTALPS_FUSED_BUILD=1" in str(reason) and not calls.exists()
     monkeypatch.setenv("FASTALPS_FUSED_BUILD", "1")
-    assert fused_build.shape_number(config, HOPPER) == 1000 and calls.exists()
+    assert fused_build.loaded_shape(config, HOPPER) == 1000 and calls.exists()
     monkeypatch.delenv("FASTALPS_FUSED_BUILD")
-    assert fused_build.shape_number(config, HOPPER) == 1000
+    assert fused_build.loaded_shape(config, HOPPER) == 1000
     place = fused_build.place_of(config, HOPPER)
     assert place is not None
     place.write_text("broken")
-    assert "does not load: delete it" in str(fused_build.shape_number(config, HOPPER))
+    assert "does not load: delete it" in str(fused_build.loaded_shape(config, HOPPER))
     monkeypatch.setattr(backends, "load_native", lambda device: backends.State(False, "no CUDA"))
-    assert fused_build.shape_number(config, HOPPER) == "no CUDA"
+    assert fused_build.loaded_shape(config, HOPPER) == "no CUDA"
 
 
 class Sizes(ctypes.Structure):

@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastalps import ALPS, fused_build, ops
+from fastalps import ALPS, ops
 from fastalps.fused import FusedEngine
-from fastalps.fused_packing import SHAPES, PackedWeights, pack_fused, shape_number, sizes
+from fastalps.fused import build as fused_build
+from fastalps.fused.packing import SHAPES, PackedWeights, pack_fused, shape_number, sizes
 from fastalps.models import BOUNDS, model_config
 from fastalps.testing import SCORE_ERROR
 from tests import fused_emulator

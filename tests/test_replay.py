@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastalps import ALPS, ops, replay
 from fastalps.fused import MOST_REPLAYED, FusedEngine
-from fastalps.replay import Repeats
+from fastalps.fused.replay import Repeats
 from fastalps.testing import poisoned
 
 CUT = ((28, 28), (7, 9), "cover")

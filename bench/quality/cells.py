@@ -18,7 +18,7 @@ from bench.quality import baselines, pictures
 from bench.quality.kinds import all_kinds, best_kind, measured
 from bench.quality.recipes import BASELINES, QUICK, RECIPES, VARIANTS
 from fastalps import metrics
-from fastalps.cli import figures
+from fastalps.cli import plots
 from fastalps.cli.run_folder import write_metrics, write_scores
 from fastalps.data import OneClassData, load_images
 from fastalps.environment import result_record
@@ -197,7 +197,7 @@ def _tested(
     recipe, model = RECIPES[cell.dataset], fitted.model
     picked, ours = measured(model, data.test), best_kind(model, data, recipe.exponent)
     examples = _examples(data)
-    figures.reconstructions(folder / "reconstructions.png", model, *examples)
+    plots.reconstructions(folder / "reconstructions.png", model, *examples)
     pictures.keep_examples(folder / pictures.EXAMPLES, model, *examples)
     chosen: dict[str, Any] = {
         "chosen_epoch": fitted.best_epoch,

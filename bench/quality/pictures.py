@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastalps.checkpoint import VERSION, read_tensors, save_tensors
-from fastalps.cli.figures import ANOMALOUS, NORMAL
+from fastalps.cli.plots import ANOMALOUS, NORMAL
 from fastalps.files import atomic_path
 from fastalps.inputs import unit_pixels
 from fastalps.models import ALPS

@@ -21,7 +21,7 @@ import fastalps
 from bench.quality import pictures, rehearsal
 from bench.quality.recipes import QUICK, VIDEO
 from fastalps import ops, protocols
-from fastalps.cli import figures
+from fastalps.cli import plots
 from fastalps.cli.run_folder import write_metrics, write_scores
 from fastalps.data import Clip, load_ucsd, motion_frames
 from fastalps.environment import result_record
@@ -258,7 +258,7 @@ def _test(
     found["motion_baseline_ours"] = _both(ours, baseline, test, options, dense_options)
     _write_frames(folder, test, plain, kept, motion, curves, dense, chosen)
     examples = _examples(shown, test, kept)
-    figures.reconstructions(folder / "reconstructions.png", scorer.model, *examples)
+    plots.reconstructions(folder / "reconstructions.png", scorer.model, *examples)
     pictures.keep_examples(folder / pictures.EXAMPLES, scorer.model, *examples)
     return found
 

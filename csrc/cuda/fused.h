@@ -5,7 +5,7 @@
 
 namespace fastalps::cuda {
 
-// What the kernels of one shape take; see fastalps/fused_packing.py for the shapes' numbers.
+// What the kernels of one shape take; see fastalps/fused/packing.py for the shapes' numbers.
 struct FusedSizes {
   int64_t side;          // Of the square patches, in pixels.
   int64_t fragments;     // Of weights: 128 bf16 each.

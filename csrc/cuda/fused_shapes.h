@@ -338,7 +338,7 @@ using Number = std::integral_constant<int64_t, kNumber>;
 
 // Calls body(Number{}, Shape{}) for the shape of that number; returns whether there is one.
 #if defined(FASTALPS_FUSED_SHAPE)
-// Of a library that was built at run time, there is one: see fastalps/fused_build.py.
+// Of a library that was built at run time, there is one: see fastalps/fused/build.py.
 template <typename Body>
 bool with_numbered_shape(int64_t number, Body&& body) {
   return number == 0 && (body(Number<0>{}, Shape<FASTALPS_FUSED_SHAPE>{}), true);

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastalps import protocols
 from fastalps.calibration import Calibration
-from fastalps.cli import figures
+from fastalps.cli import plots
 from fastalps.cli.options import EvaluationOptions
 from fastalps.data import OneClassData
 from fastalps.errors import UserError
@@ -73,12 +73,12 @@ def evaluate_images(
     ]
 
     def draw(folder: Path) -> None:
-        figures.roc(
+        plots.roc(
             folder / "roc.png",
             {f"{kind} score": (values, data.test_labels) for kind, values in kinds.items()},
             f"{data.name}: ROC over {len(data.test)} test images",
         )
-        figures.histogram(
+        plots.histogram(
             folder / "histogram.png",
             kinds[fitted.score],
             data.test_labels,
@@ -86,7 +86,7 @@ def evaluate_images(
             f"{data.name}: {fitted.score} score of test images",
         )
         shown = examples(data.test, data.test_labels)
-        figures.reconstructions(folder / "reconstructions.png", fitted.model, *shown)
+        plots.reconstructions(folder / "reconstructions.png", fitted.model, *shown)
 
     lines = [
         f"epoch {fitted.best_epoch} kept (chosen by {fitted.selection}); "

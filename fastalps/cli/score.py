@@ -10,7 +10,7 @@ from typing import Any
 import fastalps
 from fastalps import distributed, environment
 from fastalps.calibration import Calibration
-from fastalps.cli import command, figures, run_folder, shared_scoring
+from fastalps.cli import command, plots, run_folder, shared_scoring
 from fastalps.cli.frame_sources import Source
 from fastalps.cli.old_results import check_apart, remove_results
 from fastalps.cli.options import ScoreOptions, make_parser, parse, pick
@@ -194,7 +194,7 @@ def _score_images(
     ]
     remove_results(folder)
     run_folder.write_scores(folder / run_folder.SCORES, ("image", "score", "flagged"), rows)
-    figures.timeline(folder / TIMELINE, scores, calibration, threshold, f"{source.name}: scores")
+    plots.timeline(folder / TIMELINE, scores, calibration, threshold, f"{source.name}: scores")
     rate = len(scores) / times.wall[SCORE]
     facts: dict[str, Any] = {
         "images": len(scores),

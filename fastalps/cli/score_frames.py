@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastalps import distributed, environment
 from fastalps.calibration import Calibration, level_scores
-from fastalps.cli import command, figures, run_folder, shared_scoring
+from fastalps.cli import command, plots, run_folder, shared_scoring
 from fastalps.cli.annotate import ANNOTATED, AnnotatedVideo
 from fastalps.cli.frame_sources import Chunk, Source
 from fastalps.cli.old_results import remove_results
@@ -232,7 +232,7 @@ class FrameRun:
         for frame in self.worst.frames():
             draw_overlay(make_folder(self.folder / OVERLAYS), frame)
         name = self.source.name
-        figures.trace(
+        plots.trace(
             self._named(TIMELINE, complete),
             self.summary.trace.points(),
             self.summary.trace.step,

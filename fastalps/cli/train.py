@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastalps import distributed, environment
-from fastalps.cli import command, figures, run_folder
+from fastalps.cli import command, plots, run_folder
 from fastalps.cli.evaluation import Evaluation, evaluate_images
 from fastalps.cli.options import (
     VIDEO_DATASETS,
@@ -283,7 +283,7 @@ def _write(
     fastalps.save(fitted.model, folder / run_folder.MODEL, result.calibration)
     run_folder.write_scores(folder / run_folder.SCORES, result.columns, result.rows)
     pictures = make_folder(folder / run_folder.FIGURES)
-    figures.losses(pictures / "losses.png", fitted.history, fitted.best_epoch)
+    plots.losses(pictures / "losses.png", fitted.history, fitted.best_epoch)
     result.draw(pictures)
     # Last: whoever finds it finds the rest.
     run_folder.write_metrics(folder / run_folder.METRICS, record)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastalps import protocols
 from fastalps.calibration import Calibration
-from fastalps.cli import figures
+from fastalps.cli import plots
 from fastalps.cli.evaluation import (
     Evaluation,
     examples,
@@ -81,7 +81,7 @@ def evaluate_video(fitted: FitResult, video: Video, options: EvaluationOptions) 
     def draw(folder: Path) -> None:
         _draw_curves(folder, video, kept, curves, labels, calibration)
         patches, marks = _patch_examples(video.test, scorer.patch_size, video.gate)
-        figures.reconstructions(folder / "reconstructions.png", fitted.model, patches, marks)
+        plots.reconstructions(folder / "reconstructions.png", fitted.model, patches, marks)
 
     lines = [
         f"epoch {fitted.best_epoch} kept (chosen by {fitted.selection}); {len(flagged)} test "
@@ -117,14 +117,14 @@ def evaluate_normal_video(
 
     def draw(folder: Path) -> None:
         normal = torch.zeros(frames, dtype=torch.bool)
-        figures.histogram(
+        plots.histogram(
             folder / "histogram.png",
             torch.cat(curves),
             normal,
             calibration,
             f"{fitted.score} score of held-out normal frames",
         )
-        figures.timelines(
+        plots.timelines(
             folder / "timeline.png",
             [clip.name for clip in video.held_out],
             curves,
@@ -134,7 +134,7 @@ def evaluate_normal_video(
         patches = moving_patches(video.held_out, scorer.patch_size, video.gate)
         patches = patches[:: max(1, len(patches) // NORMAL_EXAMPLES)][:NORMAL_EXAMPLES]
         marks = torch.zeros(len(patches), dtype=torch.bool)
-        figures.reconstructions(folder / "reconstructions.png", fitted.model, patches, marks)
+        plots.reconstructions(folder / "reconstructions.png", fitted.model, patches, marks)
 
     lines = [
         f"epoch {fitted.best_epoch} kept (chosen by {fitted.selection}); {frames} held-out normal "
@@ -200,15 +200,15 @@ def _draw_curves(
     ranked = {f"{name} score": (torch.cat(curve), all_labels) for name, curve in curves.items()}
     baseline = torch.cat([reduce_patches(scores, "max") for scores in still])
     ranked["motion, no learning"] = (baseline, all_labels)
-    figures.roc(folder / "roc.png", ranked, f"ROC over {len(all_labels)} test frames, micro")
-    figures.histogram(
+    plots.roc(folder / "roc.png", ranked, f"ROC over {len(all_labels)} test frames, micro")
+    plots.histogram(
         folder / "histogram.png",
         torch.cat(curves[kind]),
         all_labels,
         calibration,
         f"{kind} score of test frames",
     )
-    figures.timelines(
+    plots.timelines(
         folder / "timeline.png",
         [clip.name for clip in video.test],
         curves[kind],

@@ -16,13 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastalps import backends, fused_build, ops, replay
+from fastalps import backends, ops
 from fastalps.chunks import Plan
-from fastalps.fused_packing import SHAPES, pack_fused, shape_number, sizes
+from fastalps.fused import build, replay
+from fastalps.fused.packing import SHAPES, pack_fused, shape_number, sizes
+from fastalps.fused.replay import Repeats
 from fastalps.inputs import unit_pixels
 from fastalps.models import ALPS, BOUNDS, ModelConfig
 from fastalps.passes import Cut, Passes
-from fastalps.replay import Repeats
 
 # Patches a block of the first half of M: a chunk gives each multiprocessor as many blocks.
 BLOCK_PATCHES = 16
@@ -102,7 +103,7 @@ def _shape(config: ModelConfig, device: torch.device) -> int | str:
     if device.type != "cuda" or not torch.cuda.is_available():
         return reason
     capability = torch.cuda.get_device_capability(device)
-    built = _unsupported(capability) or fused_build.shape_number(config, capability)
+    built = _unsupported(capability) or build.loaded_shape(config, capability)
     return built if isinstance(built, int) else f"{reason}: {built}"
 
 

@@ -93,7 +93,7 @@ def folder() -> Path:
 def sources() -> Path | None:
     """The folder of the kernels' sources: of the package, or of a source tree; None where neither
     has them."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
     for place in (here / "csrc", here.parent / "csrc"):
         if (place / "cuda" / "fused.cu").is_file():
             return place
@@ -205,7 +205,7 @@ def _load(place: Path) -> int:
     return load(os.fsencode(place))
 
 
-def shape_number(config: ModelConfig, capability: tuple[int, int]) -> int | str:
+def loaded_shape(config: ModelConfig, capability: tuple[int, int]) -> int | str:
     """The number of a network that was built, or is now if $FASTALPS_FUSED_BUILD is 1; else why
     there is none."""
     if reason := reason_against(config):

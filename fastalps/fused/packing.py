@@ -98,7 +98,7 @@ def pack_fused(model: ALPS) -> PackedWeights:
     convolutions by `fastalps.rounding.round_taps`.
 
     Args:
-        model: of widths that the kernels can have, see `fastalps.fused_build.reason_against`;
+        model: of widths that the kernels can have, see `fastalps.fused.build.reason_against`;
             without a distorter, its place holds zeros.
 
     Returns:
