@@ -1,5 +1,5 @@
 // Registers the fused scoring kernels with torch: the stable ABI only. The schema is defined in
-// fastalps/fused.py. Nothing here allocates or waits for the device, so a CUDA graph captures it.
+// fastalps/fused/. Nothing here allocates or waits for the device, so a CUDA graph captures it.
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

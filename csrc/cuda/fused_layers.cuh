@@ -149,7 +149,7 @@ struct Pixels {
   }
 };
 
-// Slopes are from 0 to 1 (`why_not` of fastalps/fused.py).
+// Slopes are from 0 to below 1 (`ModelConfig`).
 FASTALPS_DEVICE uint32_t leaky_pair(float first, float second, float slope) {
   return leaky_words(round_pair(first, second), round_pair(slope, slope));
 }

@@ -325,7 +325,7 @@ struct Shape {
   // is not, M takes one.
 };
 
-// The shipped presets, by the numbers that fastalps/fused.py gives them.
+// The shipped presets, by the numbers that fastalps/fused/packing.py gives them.
 template <int kSize>
 using Paper = Shape<kSize, 32, 64, 128, 16, 256, 128, 64, 32, 16, 16>;
 template <int kSize>
