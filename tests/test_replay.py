@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastalps import ALPS, ops, replay
-from fastalps.fused import MOST_REPLAYED, FusedEngine
+from fastalps import ALPS, ops
+from fastalps.fused import MOST_REPLAYED, FusedEngine, replay
 from fastalps.fused.replay import Repeats
 from fastalps.testing import poisoned
 
