@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +15,7 @@ from fastalps import ops
 from fastalps.fused.packing import PackedWeights, Sizes, shape_number, sizes
 from fastalps.models import ALPS
 from fastalps.passes import Passes
-from tests import ROOT
+from tests import ROOT, host_compiler
 
 KERNELS = ("encode", "latent", "dense", "expand", "decode")
 # As launches that fill a device have them: more tiles a block.
@@ -73,18 +71,22 @@ def build(
         shape: the only one to build; None = all.
         widths: of a network to build in their place, at number 0; see `fused_build.arguments`.
     """
-    if sys.platform != "linux":
-        return "the emulator's fibers are written for Linux"
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        return "no C++ compiler was found"
+    if (reason := host_compiler.unavailable()) is not None:
+        return reason
     library = folder / "fused_emulation.so"
     folders = [*([include] if include else []), ROOT / "csrc/cuda", ROOT / "tests/emulation"]
-    command = [compiler, "-std=c++20", "-O2", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
+    command = [
+        str(host_compiler.compiler()),
+        "-std=c++20",
+        "-O2",
+        "-shared",
+        "-fPIC",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+    ]
     command += [] if shape is None else [f"-DFASTALPS_ONLY_SHAPE={shape}"]
     command += [] if widths is None else [f"-DFASTALPS_FUSED_SHAPE={','.join(map(str, widths))}"]
-    # Fibers jump between stacks, which the fortified longjmp takes for an error.
-    command += ["-U_FORTIFY_SOURCE", *(f"-I{each}" for each in folders)]
+    command += [host_compiler.FIBERS, *(f"-I{each}" for each in folders)]
     subprocess.run(
         [*command, str(ROOT / "tests/emulation/fused.cpp"), "-o", str(library)], check=True
     )

@@ -10,9 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-import shutil
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +18,7 @@ from pathlib import Path
 import torch
 
 from fastalps.op_definitions import FAKES, SCHEMAS, gradient
-from tests import ROOT
+from tests import ROOT, host_compiler
 
 EMULATION = ROOT / "tests/emulation"
 KERNELS = ROOT / "csrc/cuda"
@@ -41,17 +39,11 @@ _raw = torch.library.Library("fastalps_emulated", "DEF")
 @functools.cache
 def unavailable() -> str | None:
     """Builds and registers the ops, once a process; why that cannot be done here, or None."""
-    if sys.platform != "linux":
-        return "the emulator's fibers are written for Linux"
-    if _compiler() is None:
-        return "no C++ compiler was found"
+    if (reason := host_compiler.unavailable()) is not None:
+        return reason
     with tempfile.TemporaryDirectory() as folder:
         load(build(Path(folder)))
     return None
-
-
-def _compiler() -> str | None:
-    return shutil.which("g++") or shutil.which("c++")
 
 
 def build(folder: Path) -> Path:
@@ -80,13 +72,12 @@ def build(folder: Path) -> Path:
         "-Wall",
         "-Wno-unknown-pragmas",
     ]
-    # Fibers jump between stacks, which the fortified longjmp takes for an error.
-    flags += ["-U_FORTIFY_SOURCE", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
+    flags += [host_compiler.FIBERS, "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
     flags += [f"-I{each}" for each in (EMULATION / "cuda", include)]
 
     def compile_unit(unit: Path) -> Path:
         target = folder / f"{unit.stem}.o"
-        command = [str(_compiler()), *flags, "-c", str(unit), "-o", str(target)]
+        command = [str(host_compiler.compiler()), *flags, "-c", str(unit), "-o", str(target)]
         subprocess.run(command, check=True)
         return target
 
@@ -94,7 +85,7 @@ def build(folder: Path) -> Path:
         objects = list(pool.map(compile_unit, units))
     library = folder / "ops_emulation.so"
     link = ["-shared", *map(str, objects), f"-L{include.parent / 'lib'}", "-ltorch_cpu", "-lc10"]
-    subprocess.run([str(_compiler()), *link, "-o", str(library)], check=True)
+    subprocess.run([str(host_compiler.compiler()), *link, "-o", str(library)], check=True)
     return library
 
 

@@ -53,6 +53,8 @@ def announced_bytes(path: Path) -> int | None:
 
     Source: RFC 8794 (EBML), section 6: elements are an identifier, a size and that many bytes.
     """
+    if not path.is_file():  # Opened again, a pipe would wait for another writer.
+        return None
     with path.open("rb") as file:
         head = file.read(4096)
     at = 0

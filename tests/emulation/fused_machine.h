@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/cuda_bf16.h"
 #include "fibers.h"
 #include "races.h"
 
@@ -69,19 +70,8 @@ struct Counts {
   int64_t multiplies = 0, loads = 0, load_cycles = 0, stores = 0, store_cycles = 0;
 };
 
-inline float widen(uint32_t half) {
-  const uint32_t bits = half << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-inline uint32_t narrow(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  if (std::isnan(value)) return 0x7fff;
-  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
+inline float widen(uint32_t half) { return __bfloat162float({static_cast<uint16_t>(half)}); }
+inline uint32_t narrow(float value) { return __float2bfloat16_rn(value).bits; }
 
 class Machine {
  public:
