@@ -195,6 +195,44 @@ def test_patches_of_every_form(
         assert actual.cpu().equal(reference.tile_patches(*arguments))
 
 
+# Frames, frame size, patch, stride: pixels compared by eights, fours, twos and one by one; patches
+# of a part of a warp, of several warps, of more rows or columns than a block's threads reach at
+# once; moved back to the last row and column; more of them than a launch indexes at once.
+ACTIVE_FORMS = [
+    (9, (90, 120), (30, 30), (30, 30)),
+    (2, (90, 124), (30, 30), (15, 16)),
+    (3, (70, 98), (32, 32), (16, 32)),
+    (2, (61, 63), (27, 27), (9, 9)),
+    (1, (150, 96), (64, 48), (17, 10)),
+    (2, (40, 360), (40, 360), (40, 360)),
+    (1, (500, 16), (400, 9), (50, 7)),
+    (1, (300, 264), (270, 261), (30, 1)),
+    (3, (40, 64), (1, 1), (1, 1)),
+    (40, (96, 96), (4, 8), (4, 8)),
+    (270, (36, 40), (2, 3), (2, 3)),
+]
+
+
+@_for_each(*KERNELS_ON_CPU, *EMULATED, KERNELS_ON_GPU[0])
+@pytest.mark.parametrize("form", ACTIVE_FORMS, ids=str)
+def test_active_patches_of_every_form(
+    form: tuple, implementation: Implementation, rng: torch.Generator
+) -> None:
+    count, size, patch, stride = form
+    background = torch.randint(0, 256, size, dtype=torch.uint8, generator=rng)
+    # Frames that differ from the background by about the threshold, on either side of it.
+    noise = torch.randint(-5, 6, (count, *size), generator=rng)
+    frames = (background + noise).clamp(0, 255).to(torch.uint8)
+    for threshold in (2.5, 2.73, 3.0):
+        arguments = (frames, background, patch, stride, True, torch.float32, 1 / 255, 0.0)
+        given = (*to_device(arguments, implementation.device), threshold)
+        with poisoned():
+            patches, index = implementation("active_patches")(*given)
+        expected, where = reference.active_patches(*arguments, threshold)
+        assert index.cpu().equal(where)
+        assert patches.cpu().equal(expected)
+
+
 @every_kernel
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_gradients(op: str, implementation: Implementation, rng: torch.Generator) -> None:

@@ -131,12 +131,12 @@ def cases(settings: Settings) -> list[Case]:
     """Every op at every size of this effort; backward passes and bfloat16 in the full run."""
     found = []
     for case in OPS:
-        large = case.large(4, settings.device)
-        counts = [*case.small, large] if settings.effort != "smoke" else [1, 2]
+        times = [1, 4] if case.waits and settings.device == "cuda" else [1]
+        sizes = {case.large(4, settings.device, n): n * LARGE_BYTES[settings.device] for n in times}
+        counts = [*case.small, *sizes] if settings.effort != "smoke" else [1, 2]
         about = f"{case.op} against {', '.join(case.rivals)}"
         for count in counts:
-            about_bytes = f"about {LARGE_BYTES[settings.device] // 1_000_000} MB"
-            where = about_bytes if count == large else "in cache"
+            where = f"about {sizes[count] // 1_000_000} MB" if count in sizes else "in cache"
             name = f"ops/{case.op}/{count}-{case.item}"
             found.append(Case(name, f"{about}; {where}", _forward(case, count, torch.float32)))
         if settings.effort == "quick":

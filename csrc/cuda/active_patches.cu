@@ -13,25 +13,27 @@ constexpr int64_t kTile = int64_t{kThreads} * kItemsPerThread;
 constexpr int64_t kFewTiles = 64;
 
 // Rows of a patch that a thread reads before it needs the first of them.
-template <int kUnit>
-constexpr int kRows = kUnit == 8 ? 4 : 8;
+constexpr uint32_t kRows = 10;
 
+// Wider units than bytes are for rows of adjacent pixels, and for sizes that fit 32 bits.
+template <int kUnit>
 struct DifferenceArguments {
+  using Index = std::conditional_t<kUnit == 1, int64_t, uint32_t>;
+  using Division = std::conditional_t<kUnit == 1, WideDivider, Divider>;
+
   const uint8_t* frames;
   const uint8_t* background;
-  int64_t bands;  // Rows of patches in all the frames.
-  int64_t frame_stride, frame_row_stride, frame_column_stride;
-  int64_t background_row_stride, background_column_stride;
-  int64_t columns, stride_height, stride_width, last_row, last_column;
+  Index patches;
+  int64_t frame_stride;
+  Index frame_row_stride, frame_column_stride;
+  Index background_row_stride, background_column_stride;
+  Index stride_height, stride_width, last_row, last_column;
   uint32_t patch_height, patch_width;
-  WideDivider rows;  // Of patches in a frame.
-  // Of a block's threads: so many side by side for the width of a patch, for a few patches side by
-  // side, for the rows of each, and for so many bands.
-  Divider lanes, patches, phases;
-  uint32_t bands_per_block;
-  // Of the grid: so many blocks beside each other for the patches of a band, so many rows of those.
-  Divider blocks_across;
-  uint32_t blocks_down;
+  Division rows, columns;  // Of patches in a frame.
+  // Threads side by side for the width of a patch, and all of a patch; these share a team of
+  // so many warps, a power of two, with the threads of other patches.
+  Divider lanes, threads;
+  uint32_t warps;
   int64_t limit;
 };
 
@@ -43,16 +45,24 @@ struct Unit {
 
   uint32_t word[kWords] = {};
 
-  __device__ __forceinline__ static Unit load(const uint8_t* source) {
-    Unit unit;
+  Unit() = default;
+
+  __device__ __forceinline__ explicit Unit(const Word& read) {
     if constexpr (kUnit < 4) {
-      unit.word[0] = __ldg(reinterpret_cast<const Word*>(source));
+      word[0] = read;
     } else {
-      const Word word = __ldg(reinterpret_cast<const Word*>(source));
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) unit.word[i] = reinterpret_cast<const uint32_t*>(&word)[i];
+      for (int i = 0; i < kWords; ++i) word[i] = reinterpret_cast<const uint32_t*>(&read)[i];
     }
-    return unit;
+  }
+
+  __device__ __forceinline__ static Unit load(const uint8_t* source) {
+    return Unit(__ldg(reinterpret_cast<const Word*>(source)));
+  }
+
+  // What is read once, and should not drive what is read again from the caches.
+  __device__ __forceinline__ static Unit load_once(const uint8_t* source) {
+    return Unit(__ldcs(reinterpret_cast<const Word*>(source)));
   }
 
   // The bytes [from, to) of the unit, not none and at most 8.
@@ -76,63 +86,62 @@ __device__ __forceinline__ uint32_t differences(const Unit<kUnit>& a, const Unit
   return sum;
 }
 
-// A block takes whole rows of patches where it can, and its threads whole units of kUnit bytes:
-// they read rows of pixels without a gap, and what of a unit lies outside of a thread's patch is
-// masked.
+// A patch has so many threads as lie side by side over its width, times so many that share its
+// rows. They read whole units of kUnit bytes: what of a unit lies outside of the patch is masked.
 template <int kUnit>
-__global__ void __launch_bounds__(kThreads, 4)
-    patch_differences_kernel(DifferenceArguments arguments, uint8_t* __restrict__ flags) {
-  constexpr uint32_t kStep = kRows<kUnit>;
-  // Wider units are for rows of adjacent pixels whose strides fit 32 bits.
-  using Stride = std::conditional_t<kUnit == 1, int64_t, uint32_t>;
-  const auto frame_row = static_cast<Stride>(arguments.frame_row_stride);
-  const auto background_row = static_cast<Stride>(arguments.background_row_stride);
-  const uint32_t lanes = arguments.lanes.divisor, phases = arguments.phases.divisor;
-  const uint32_t patches = arguments.patches.divisor, bands = arguments.bands_per_block;
-  __shared__ unsigned long long sums[kThreads];
+__global__ void __launch_bounds__(kThreads, 3)
+    patch_differences_kernel(DifferenceArguments<kUnit> arguments, uint8_t* __restrict__ flags) {
+  using Index = typename DifferenceArguments<kUnit>::Index;
+  const uint32_t lanes = arguments.lanes.divisor, threads = arguments.threads.divisor;
+  const uint32_t phases = arguments.lanes.divide(threads);
+  const uint32_t team = 32 * arguments.warps, together = arguments.threads.divide(team);
+  uint32_t thread = threadIdx.x % team;
+  const uint32_t place = threadIdx.x / team * together + arguments.threads.split(thread);
+  // Threads of a team that are left over.
+  const bool spare = threadIdx.x % team >= together * threads;
+  uint32_t lane = thread;
+  const uint32_t phase = arguments.lanes.split(lane);
+  const uint32_t patches_per_block = kThreads / team * together;
+  const Index step = static_cast<Index>(gridDim.x) * patches_per_block;
 
-  uint32_t lane = threadIdx.x;
-  uint32_t place = arguments.lanes.split(lane);
-  uint32_t phase = arguments.patches.split(place);
-  const uint32_t level = arguments.phases.split(phase);
-  uint32_t across = blockIdx.x;
-  const uint32_t down = arguments.blocks_across.split(across);
-  const int64_t first_column = static_cast<int64_t>(across) * patches;
-  const bool busy = level < bands && first_column + place < arguments.columns;
-  int64_t left = min((first_column + place) * arguments.stride_width, arguments.last_column);
-  const uint32_t before = static_cast<uint32_t>(left % kUnit);
-  const uint32_t end = before + arguments.patch_width;
-  left -= before;
-
-  for (int64_t band = static_cast<int64_t>(down) * bands; band < arguments.bands;
-       band += static_cast<int64_t>(arguments.blocks_down) * bands) {
+  for (Index first = static_cast<Index>(blockIdx.x) * patches_per_block; first < arguments.patches;
+       first += step) {
+    const Index patch = first + place;
+    const bool busy = !spare && patch < arguments.patches;
     unsigned long long sum = 0;
-    if (busy && band + level < arguments.bands) {
-      int64_t row = band + level;
-      const int64_t frame = arguments.rows.split(row);
-      const int64_t top = min(row * arguments.stride_height, arguments.last_row);
-      const uint8_t* const pixels =
-          arguments.frames + frame * arguments.frame_stride + top * arguments.frame_row_stride;
-      const uint8_t* const still = arguments.background + top * arguments.background_row_stride;
+    if (busy) {
+      Index column = patch;
+      Index row = arguments.columns.split(column);
+      const Index frame = arguments.rows.split(row);
+      const Index top = min(row * arguments.stride_height, arguments.last_row);
+      Index left = min(column * arguments.stride_width, arguments.last_column);
+      const uint32_t before = static_cast<uint32_t>(left % kUnit);
+      const uint32_t end = before + arguments.patch_width;
+      left -= before;
+      const uint8_t* const pixels = arguments.frames + frame * arguments.frame_stride +
+                                    static_cast<int64_t>(top) * arguments.frame_row_stride;
+      const uint8_t* const still =
+          arguments.background + static_cast<int64_t>(top) * arguments.background_row_stride;
       for (uint32_t x = lane * kUnit; x < end; x += lanes * kUnit) {
         const auto mask =
             Unit<kUnit>::mask(x == 0 ? before : 0, min(end - x, static_cast<uint32_t>(kUnit)));
+        const auto offset = static_cast<int64_t>(left + x);
         const uint8_t* const here =
-            pixels + (left + x) * (kUnit == 1 ? arguments.frame_column_stride : 1);
+            pixels + offset * (kUnit == 1 ? arguments.frame_column_stride : 1);
         const uint8_t* const there =
-            still + (left + x) * (kUnit == 1 ? arguments.background_column_stride : 1);
-        for (uint32_t y = phase; y < arguments.patch_height; y += phases * kStep) {
-          Unit<kUnit> a[kStep], b[kStep];
+            still + offset * (kUnit == 1 ? arguments.background_column_stride : 1);
+        for (uint32_t y = phase; y < arguments.patch_height; y += phases * kRows) {
+          Unit<kUnit> a[kRows], b[kRows];
 #pragma unroll
-          for (uint32_t k = 0; k < kStep; ++k) {
+          for (uint32_t k = 0; k < kRows; ++k) {
             // Below the patch the last row again, which is not counted.
-            const uint32_t line = min(y + k * phases, arguments.patch_height - 1);
-            a[k] = Unit<kUnit>::load(here + static_cast<int64_t>(line) * frame_row);
-            b[k] = Unit<kUnit>::load(there + static_cast<int64_t>(line) * background_row);
+            const auto line = static_cast<int64_t>(min(y + k * phases, arguments.patch_height - 1));
+            a[k] = Unit<kUnit>::load_once(here + line * arguments.frame_row_stride);
+            b[k] = Unit<kUnit>::load(there + line * arguments.background_row_stride);
           }
           uint32_t part = 0;
 #pragma unroll
-          for (uint32_t k = 0; k < kStep; ++k) {
+          for (uint32_t k = 0; k < kRows; ++k) {
             if (y + k * phases < arguments.patch_height) {
               part = differences(a[k], b[k], mask, part);
             }
@@ -141,22 +150,23 @@ __global__ void __launch_bounds__(kThreads, 4)
         }
       }
     }
-    sums[threadIdx.x] = sum;
-    __syncthreads();
-    // A thread for each patch, whose lanes lie side by side, its phases a row of patches apart.
-    uint32_t column = threadIdx.x;
-    const uint32_t told = arguments.patches.split(column);
-    if (told < bands && band + told < arguments.bands &&
-        first_column + column < arguments.columns) {
-      unsigned long long total = 0;
-      for (uint32_t p = 0; p < phases; ++p) {
-        const uint32_t start = ((told * phases + p) * patches + column) * lanes;
-        for (uint32_t i = 0; i < lanes; ++i) total += sums[start + i];
-      }
-      flags[(band + told) * arguments.columns + first_column + column] =
-          static_cast<int64_t>(total) > arguments.limit;
+    // Each thread's sum becomes that of so many from it on, of twice as many every time.
+    const uint32_t width = min(threads, 32u);
+    for (uint32_t offset = 1; offset < width; offset *= 2) {
+      const unsigned long long other = __shfl_down_sync(0xffffffffu, sum, offset);
+      if (thread % 32 + offset < width) sum += other;
     }
-    __syncthreads();
+    if (arguments.warps > 1) {
+      __shared__ unsigned long long sums[kThreads / 32];
+      const uint32_t warp = threadIdx.x / 32;
+      if (threadIdx.x % 32 == 0) sums[warp] = sum;
+      __syncthreads();
+      if (busy && thread == 0) {
+        for (uint32_t k = 1; k < arguments.warps; ++k) sum += sums[warp + k];
+      }
+      __syncthreads();
+    }
+    if (busy && thread == 0) flags[patch] = static_cast<int64_t>(sum) > arguments.limit;
   }
 }
 
@@ -291,6 +301,7 @@ bool reads_units(const FrameView& frames, const Matrix& background, const PatchG
                  int64_t unit) {
   constexpr int64_t kReach = (int64_t{1} << 31) - 1;
   return frames.column_stride == 1 && background.column_stride == 1 && grid.width % unit == 0 &&
+         grid.width <= kReach && grid.height <= kReach && frames.frames * grid.count() <= kReach &&
          frames.row_stride % unit == 0 && frames.row_stride <= kReach &&
          background.row_stride % unit == 0 && background.row_stride <= kReach &&
          (frames.frames == 1 || frames.frame_stride % unit == 0) && aligned(frames.data, unit) &&
@@ -306,44 +317,41 @@ cudaError_t launch_differences(const FrameView& frames, const Matrix& background
   const int64_t starts = grid.columns == 1 ? kUnit : kUnit | grid.stride_width | last_column;
   const int64_t step = starts & -starts;
   const int64_t lanes = std::min<int64_t>(ceil_divide(kUnit - step + grid.patch_width, kUnit), 32);
-  const int64_t blocks_across = ceil_divide(grid.columns, kThreads / lanes);
-  const int64_t patches = ceil_divide(grid.columns, blocks_across);
-  const int64_t bands = frames.frames * grid.rows;
-  // More rows a thread save setup, as long as the threads still fill the device.
-  constexpr int64_t kFewRows = kRows<kUnit>, kManyRows = 16, kResidentThreads = 1024;
-  const int64_t wide_phases = ceil_divide(grid.patch_height, kManyRows);
-  const bool full = bands * grid.columns * lanes * wide_phases >
-                    int64_t{2} * kResidentThreads * multiprocessors();
-  const int64_t phases = std::min(kThreads / (lanes * patches),
-                                  full ? wide_phases : ceil_divide(grid.patch_height, kFewRows));
-  const int64_t bands_per_block = kThreads / (lanes * patches * phases);
-  const int64_t blocks_down = std::max<int64_t>(
-      grid_blocks(ceil_divide(bands, bands_per_block) * blocks_across) / blocks_across, 1);
-  const DifferenceArguments arguments{static_cast<const uint8_t*>(frames.data),
-                                      static_cast<const uint8_t*>(background.data),
-                                      bands,
-                                      frames.frame_stride,
-                                      frames.row_stride,
-                                      frames.column_stride,
-                                      background.row_stride,
-                                      background.column_stride,
-                                      grid.columns,
-                                      std::min(grid.stride_height, grid.height),
-                                      std::min(grid.stride_width, grid.width),
-                                      grid.height - grid.patch_height,
-                                      last_column,
-                                      static_cast<uint32_t>(grid.patch_height),
-                                      static_cast<uint32_t>(grid.patch_width),
-                                      WideDivider(grid.rows),
-                                      Divider(lanes),
-                                      Divider(patches),
-                                      Divider(phases),
-                                      static_cast<uint32_t>(bands_per_block),
-                                      Divider(blocks_across),
-                                      static_cast<uint32_t>(blocks_down),
-                                      limit};
-  const auto blocks = static_cast<unsigned>(blocks_across * blocks_down);
-  patch_differences_kernel<kUnit><<<blocks, kThreads, 0, stream>>>(arguments, flags);
+  const int64_t patches = frames.frames * grid.count();
+  // As many threads a patch as it takes to fill the device twice, in whole warps or parts of one.
+  constexpr int64_t kResidentThreads = 768;
+  int64_t phases = std::clamp<int64_t>(
+      ceil_divide(2 * kResidentThreads * multiprocessors(), patches * lanes), 1,
+      std::min<int64_t>(ceil_divide(grid.patch_height, kRows), kThreads / lanes));
+  int64_t warps = 1;
+  while (32 * warps < lanes * phases) warps *= 2;
+  const int64_t together = 32 * warps / (lanes * phases);
+  phases = 32 * warps / together / lanes;
+  const int64_t per_block = kThreads / (32 * warps) * together;
+  using Arguments = DifferenceArguments<kUnit>;
+  using Index = typename Arguments::Index;
+  const Arguments arguments{static_cast<const uint8_t*>(frames.data),
+                            static_cast<const uint8_t*>(background.data),
+                            static_cast<Index>(patches),
+                            frames.frame_stride,
+                            static_cast<Index>(frames.row_stride),
+                            static_cast<Index>(frames.column_stride),
+                            static_cast<Index>(background.row_stride),
+                            static_cast<Index>(background.column_stride),
+                            static_cast<Index>(std::min(grid.stride_height, grid.height)),
+                            static_cast<Index>(std::min(grid.stride_width, grid.width)),
+                            static_cast<Index>(grid.height - grid.patch_height),
+                            static_cast<Index>(last_column),
+                            static_cast<uint32_t>(grid.patch_height),
+                            static_cast<uint32_t>(grid.patch_width),
+                            typename Arguments::Division(grid.rows),
+                            typename Arguments::Division(grid.columns),
+                            Divider(lanes),
+                            Divider(lanes * phases),
+                            static_cast<uint32_t>(warps),
+                            limit};
+  patch_differences_kernel<kUnit>
+      <<<grid_blocks(ceil_divide(patches, per_block)), kThreads, 0, stream>>>(arguments, flags);
   return cudaGetLastError();
 }
 
@@ -377,8 +385,9 @@ cudaError_t find_active(const FrameView& frames, const Matrix& background, const
   return active_index(flags, offsets, patches, grid.count(), kept, stream);
 }
 
-// A number in the host's memory that kernels write, which saves a copy. Each thread has its own,
-// since it waits for one number before it asks for the next.
+// A number in the host's memory that a kernel writes: to look there until it has come takes less
+// time than to copy it and to wait for the stream. Each thread has its own, since it waits for one
+// number before it asks for the next.
 class ToldNumber {
  public:
   ToldNumber() = default;
@@ -388,18 +397,35 @@ class ToldNumber {
     if (place_ != nullptr) cudaFreeHost(place_);
   }
 
-  // Null where the driver gives none.
-  int64_t* place() {
+  // Where a kernel is to write a number from 0 up; null where the driver gives no place.
+  int64_t* expect() {
     if (place_ == nullptr &&
         cudaHostAlloc(&place_, sizeof(int64_t), cudaHostAllocPortable | cudaHostAllocMapped) !=
             cudaSuccess) {
       place_ = nullptr;
       cudaGetLastError();  // The next launch must not take it for its own.
     }
+    if (place_ != nullptr) *number() = -1;
     return static_cast<int64_t*>(place_);
   }
 
+  // Waits for it. The driver is asked now and then, since a kernel that fails tells nothing.
+  cudaError_t wait(cudaStream_t stream, int64_t* told) const {
+    constexpr int kLooks = 4096;
+    cudaError_t status = cudaErrorNotReady;
+    while (*number() < 0 && status == cudaErrorNotReady) {
+      for (int look = 0; look < kLooks && *number() < 0; ++look) {
+      }
+      if (*number() < 0) status = cudaStreamQuery(stream);
+    }
+    if (*number() < 0 && status != cudaSuccess) return status;
+    *told = *number();
+    return cudaSuccess;
+  }
+
  private:
+  volatile int64_t* number() const { return static_cast<volatile int64_t*>(place_); }
+
   void* place_ = nullptr;
 };
 
@@ -419,18 +445,14 @@ cudaError_t active_count(const FrameView& frames, const Matrix& background, cons
   const int64_t patches = frames.frames * grid.count();
   if (patches == 0) return cudaSuccess;
   thread_local ToldNumber numbers;
-  int64_t* const told = numbers.place();
+  int64_t* const told = numbers.expect();
   cudaError_t status =
       find_active(frames, background, grid, limit, flags, offsets, kept, told, stream);
-  if (status == cudaSuccess && told == nullptr) {
-    status = cudaMemcpyAsync(kept_count, offsets + active_tiles(patches), sizeof(int64_t),
-                             cudaMemcpyDeviceToHost, stream);
-  }
-  if (status == cudaSuccess) status = cudaStreamSynchronize(stream);
-  if (status == cudaSuccess && told != nullptr) {
-    *kept_count = *static_cast<const volatile int64_t*>(told);
-  }
-  return status;
+  if (status != cudaSuccess) return status;
+  if (told != nullptr) return numbers.wait(stream, kept_count);
+  status = cudaMemcpyAsync(kept_count, offsets + active_tiles(patches), sizeof(int64_t),
+                           cudaMemcpyDeviceToHost, stream);
+  return status == cudaSuccess ? cudaStreamSynchronize(stream) : status;
 }
 
 cudaError_t active_index(const uint8_t* flags, const int64_t* offsets, int64_t patches,

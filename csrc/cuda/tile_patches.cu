@@ -1,6 +1,8 @@
 // Cutting frames into patches, with conversion. A thread stores the same few elements of one patch
 // after another: where in a patch they lie it finds once, of a patch only where its corner lies. So
 // stores are coalesced and wide whatever the strides of the frames.
+#include <numeric>
+
 #include "common.cuh"
 
 namespace fastalps::cuda {
@@ -15,19 +17,19 @@ struct TileArguments {
   int32_t stride_height, stride_width, last_row, last_column;
   int64_t patch_elements;
   uint32_t patches;
-  // Of a patch: so many stores, which so many blocks share; of them there are so many groups.
-  uint32_t stores;
-  Divider blocks_per_patch;
+  // Of one patch, and of a group of patches that begins at a multiple of what a warp stores; so
+  // many blocks share a group.
+  Divider stores;
+  uint32_t group_patches, group_stores;
+  Divider blocks_per_group;
   uint32_t groups;
-  // Of a block's threads: so many for a patch, and so many patches side by side.
-  Divider lanes;
-  uint32_t side_by_side;
+  uint32_t at_once;  // Groups that a block takes together: kAtOnce or one.
   Divider patch_width, patch_height, count, columns;
   float scale, shift;
 };
 
 // Patches that a thread reads before it stores the first of them.
-constexpr int kAtOnce = 2;
+constexpr int kAtOnce = 4;
 
 // The offset of a patch's corner in the frames.
 __device__ __forceinline__ int64_t corner(const TileArguments& arguments, uint32_t patch) {
@@ -51,16 +53,16 @@ __device__ __forceinline__ Out convert(const TileArguments& arguments, In value)
   return narrow<Out>(add(multiply(widen(value), arguments.scale), arguments.shift));
 }
 
-// One thread's elements of kCount patches, at these offsets from their corners.
+// One thread's elements of a patch in each of kCount groups, at these offsets from their corners.
 template <int kCount, typename In, typename Out, int kStored, int kRead>
 __device__ __forceinline__ void tile(const TileArguments& arguments,
-                                     const int32_t (&offset)[kStored / kRead], uint32_t first,
+                                     const int32_t (&offset)[kStored / kRead], uint32_t patch,
                                      Out* patches) {
   Pack<In, kRead> read[kCount][kStored / kRead];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const In* const source = static_cast<const In*>(arguments.frames) +
-                             corner(arguments, first + i * arguments.side_by_side);
+                             corner(arguments, patch + i * arguments.group_patches);
 #pragma unroll
     for (int k = 0; k < kStored / kRead; ++k) {
       read[i][k] = Pack<In, kRead>::load(source + offset[k]);
@@ -73,7 +75,7 @@ __device__ __forceinline__ void tile(const TileArguments& arguments,
     for (int k = 0; k < kStored; ++k) {
       output.value[k] = convert<Out>(arguments, read[i][k / kRead].value[k % kRead]);
     }
-    output.store(patches + (first + i * arguments.side_by_side) * arguments.patch_elements);
+    output.store(patches + (patch + i * arguments.group_patches) * arguments.patch_elements);
   }
 }
 
@@ -82,12 +84,11 @@ __device__ __forceinline__ void tile(const TileArguments& arguments,
 template <typename In, typename Out, int kStored, int kRead>
 __global__ void __launch_bounds__(kThreads) tile_patches_kernel(TileArguments arguments) {
   constexpr int kReads = kStored / kRead;
-  uint32_t store = threadIdx.x;
-  const uint32_t place = arguments.lanes.split(store);
   uint32_t part = blockIdx.x;
-  const uint32_t group = arguments.blocks_per_patch.split(part);
-  store += part * arguments.lanes.divisor;
-  if (place >= arguments.side_by_side || store >= arguments.stores) return;
+  const uint32_t group = arguments.blocks_per_group.split(part);
+  uint32_t store = part * blockDim.x + threadIdx.x;
+  if (store >= arguments.group_stores) return;
+  const uint32_t place = arguments.stores.split(store);
 
   int32_t offset[kReads];
   uint32_t x = store * kStored;
@@ -112,13 +113,17 @@ __global__ void __launch_bounds__(kThreads) tile_patches_kernel(TileArguments ar
   Out* const patches = static_cast<Out*>(arguments.output) + static_cast<int64_t>(store) * kStored;
   // Beyond the last patch nothing is read, rather than not stored: reads that a condition guards
   // are put off until it is known.
-  const uint32_t together = arguments.side_by_side * kAtOnce, step = arguments.groups * together;
-  uint32_t first = group * together + place;
-  for (; first + together - arguments.side_by_side < arguments.patches; first += step) {
-    tile<kAtOnce, In, Out, kStored, kRead>(arguments, offset, first, patches);
-  }
-  for (; first < arguments.patches; first += arguments.side_by_side) {
-    tile<1, In, Out, kStored, kRead>(arguments, offset, first, patches);
+  const uint32_t apart = arguments.group_patches, together = arguments.at_once * apart;
+  for (uint32_t first = group * together; first < arguments.patches;
+       first += arguments.groups * together) {
+    uint32_t patch = first + place;
+    if (arguments.at_once == kAtOnce && patch + (kAtOnce - 1) * apart < arguments.patches) {
+      tile<kAtOnce, In, Out, kStored, kRead>(arguments, offset, patch, patches);
+      continue;
+    }
+    for (uint32_t k = 0; k < arguments.at_once && patch < arguments.patches; ++k, patch += apart) {
+      tile<1, In, Out, kStored, kRead>(arguments, offset, patch, patches);
+    }
   }
 }
 
@@ -195,20 +200,24 @@ cudaError_t launch_tiles(const FrameView& frames, const PatchGrid& grid, TileArg
                          cudaStream_t stream) {
   const auto launch = [&](auto kernel, int64_t stored) {
     const int64_t stores = arguments.patch_elements / stored;
-    const int64_t blocks_per_patch = ceil_divide(stores, kThreads);
-    const int64_t lanes = ceil_divide(stores, blocks_per_patch);
-    const int64_t side_by_side = kThreads / lanes;
-    const int64_t wanted = ceil_divide(arguments.patches, side_by_side * kAtOnce);
-    const int64_t threads = ceil_divide(lanes * side_by_side, 32) * 32;
-    const int64_t groups =
-        std::max<int64_t>(grid_blocks(wanted * blocks_per_patch) / blocks_per_patch, 1);
-    arguments.stores = static_cast<uint32_t>(stores);
-    arguments.blocks_per_patch = Divider(blocks_per_patch);
+    int64_t patches = 32 / std::gcd<int64_t>(stores, 32);
+    patches *= std::max<int64_t>(kThreads / (patches * stores), 1);
+    if (patches * stores > kReach) patches = 1;
+    const int64_t blocks = ceil_divide(patches * stores, kThreads);
+    const int64_t threads = ceil_divide(patches * stores, blocks * 32) * 32;
+    // One by one, where that leaves more multiprocessors something to do.
+    int64_t groups = ceil_divide(arguments.patches, patches);
+    const int64_t at_once = groups * blocks > int64_t{kAtOnce} * multiprocessors() ? kAtOnce : 1;
+    groups = ceil_divide(groups, at_once);
+    groups = std::max<int64_t>(grid_blocks(groups * blocks) / blocks, 1);
+    arguments.stores = Divider(stores);
+    arguments.at_once = static_cast<uint32_t>(at_once);
+    arguments.group_patches = static_cast<uint32_t>(patches);
+    arguments.group_stores = static_cast<uint32_t>(patches * stores);
+    arguments.blocks_per_group = Divider(blocks);
     arguments.groups = static_cast<uint32_t>(groups);
-    arguments.lanes = Divider(lanes);
-    arguments.side_by_side = static_cast<uint32_t>(side_by_side);
-    kernel<<<static_cast<unsigned>(groups * blocks_per_patch), static_cast<unsigned>(threads), 0,
-             stream>>>(arguments);
+    kernel<<<static_cast<unsigned>(groups * blocks), static_cast<unsigned>(threads), 0, stream>>>(
+        arguments);
     return cudaGetLastError();
   };
   constexpr int kMost = 16 / sizeof(Out);
@@ -317,10 +326,11 @@ cudaError_t tile_patches(const FrameView& frames, const PatchGrid& grid, void* p
                                 static_cast<int32_t>(grid.width - grid.patch_width),
                                 patch_elements,
                                 static_cast<uint32_t>(patches_total),
+                                Divider(1),
+                                0,
                                 0,
                                 Divider(1),
                                 0,
-                                Divider(1),
                                 0,
                                 Divider(grid.patch_width),
                                 Divider(grid.patch_height),

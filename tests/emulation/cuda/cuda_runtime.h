@@ -42,7 +42,7 @@ struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorLaunchFailure };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorNotReady, cudaErrorLaunchFailure };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 enum cudaMemcpyKind { cudaMemcpyDeviceToHost };
 using cudaStream_t = void*;
@@ -186,6 +186,7 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
 
 // CUDA C++ Programming Guide and CUDA Math API: what each of these computes.
 inline void __syncthreads() { emulation::Device::get().wait(emulation::Waits::kBarrier); }
@@ -222,6 +223,10 @@ T __ldg(const T* place) {
     emulation::Device::get().error = cudaErrorLaunchFailure;
   }
   return *place;
+}
+template <typename T>
+T __ldcs(const T* place) {
+  return __ldg(place);
 }
 
 inline int2 make_int2(int x, int y) { return {x, y}; }
