@@ -13,7 +13,8 @@ constexpr int64_t kTile = int64_t{kThreads} * kItemsPerThread;
 constexpr int64_t kFewTiles = 64;
 
 // Rows of a patch that a thread reads before it needs the first of them.
-constexpr uint32_t kRows = 10;
+template <int kUnit>
+constexpr uint32_t kRows = kUnit == 1 ? 8 : 10;
 
 // Wider units than bytes are for rows of adjacent pixels, and for sizes that fit 32 bits.
 template <int kUnit>
@@ -92,6 +93,7 @@ template <int kUnit>
 __global__ void __launch_bounds__(kThreads, 3)
     patch_differences_kernel(DifferenceArguments<kUnit> arguments, uint8_t* __restrict__ flags) {
   using Index = typename DifferenceArguments<kUnit>::Index;
+  constexpr uint32_t kStep = kRows<kUnit>;
   const uint32_t lanes = arguments.lanes.divisor, threads = arguments.threads.divisor;
   const uint32_t phases = arguments.lanes.divide(threads);
   const uint32_t team = 32 * arguments.warps, together = arguments.threads.divide(team);
@@ -130,10 +132,10 @@ __global__ void __launch_bounds__(kThreads, 3)
             pixels + offset * (kUnit == 1 ? arguments.frame_column_stride : 1);
         const uint8_t* const there =
             still + offset * (kUnit == 1 ? arguments.background_column_stride : 1);
-        for (uint32_t y = phase; y < arguments.patch_height; y += phases * kRows) {
-          Unit<kUnit> a[kRows], b[kRows];
+        for (uint32_t y = phase; y < arguments.patch_height; y += phases * kStep) {
+          Unit<kUnit> a[kStep], b[kStep];
 #pragma unroll
-          for (uint32_t k = 0; k < kRows; ++k) {
+          for (uint32_t k = 0; k < kStep; ++k) {
             // Below the patch the last row again, which is not counted.
             const auto line = static_cast<int64_t>(min(y + k * phases, arguments.patch_height - 1));
             a[k] = Unit<kUnit>::load_once(here + line * arguments.frame_row_stride);
@@ -141,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, 3)
           }
           uint32_t part = 0;
 #pragma unroll
-          for (uint32_t k = 0; k < kRows; ++k) {
+          for (uint32_t k = 0; k < kStep; ++k) {
             if (y + k * phases < arguments.patch_height) {
               part = differences(a[k], b[k], mask, part);
             }
@@ -322,7 +324,7 @@ cudaError_t launch_differences(const FrameView& frames, const Matrix& background
   constexpr int64_t kResidentThreads = 768;
   int64_t phases = std::clamp<int64_t>(
       ceil_divide(2 * kResidentThreads * multiprocessors(), patches * lanes), 1,
-      std::min<int64_t>(ceil_divide(grid.patch_height, kRows), kThreads / lanes));
+      std::min<int64_t>(ceil_divide(grid.patch_height, kRows<kUnit>), kThreads / lanes));
   int64_t warps = 1;
   while (32 * warps < lanes * phases) warps *= 2;
   const int64_t together = 32 * warps / (lanes * phases);

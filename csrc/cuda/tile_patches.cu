@@ -23,13 +23,14 @@ struct TileArguments {
   uint32_t group_patches, group_stores;
   Divider blocks_per_group;
   uint32_t groups;
-  uint32_t at_once;  // Groups that a block takes together: kAtOnce or one.
+  uint32_t together;  // Groups that a block takes at once: the most, or one.
   Divider patch_width, patch_height, count, columns;
   float scale, shift;
 };
 
-// Patches that a thread reads before it stores the first of them.
-constexpr int kAtOnce = 4;
+// Patches that a thread reads before it stores the first of them, by its reads of each.
+template <int kReads>
+constexpr int kAtOnce = kReads == 4 ? 2 : 4;
 
 // The offset of a patch's corner in the frames.
 __device__ __forceinline__ int64_t corner(const TileArguments& arguments, uint32_t patch) {
@@ -83,7 +84,7 @@ __device__ __forceinline__ void tile(const TileArguments& arguments,
 // a multiple of their size.
 template <typename In, typename Out, int kStored, int kRead>
 __global__ void __launch_bounds__(kThreads) tile_patches_kernel(TileArguments arguments) {
-  constexpr int kReads = kStored / kRead;
+  constexpr int kReads = kStored / kRead, kMost = kAtOnce<kReads>;
   uint32_t part = blockIdx.x;
   const uint32_t group = arguments.blocks_per_group.split(part);
   uint32_t store = part * blockDim.x + threadIdx.x;
@@ -113,15 +114,15 @@ __global__ void __launch_bounds__(kThreads) tile_patches_kernel(TileArguments ar
   Out* const patches = static_cast<Out*>(arguments.output) + static_cast<int64_t>(store) * kStored;
   // Beyond the last patch nothing is read, rather than not stored: reads that a condition guards
   // are put off until it is known.
-  const uint32_t apart = arguments.group_patches, together = arguments.at_once * apart;
-  for (uint32_t first = group * together; first < arguments.patches;
-       first += arguments.groups * together) {
+  const uint32_t apart = arguments.group_patches, together = arguments.together;
+  for (uint32_t first = group * together * apart; first < arguments.patches;
+       first += arguments.groups * together * apart) {
     uint32_t patch = first + place;
-    if (arguments.at_once == kAtOnce && patch + (kAtOnce - 1) * apart < arguments.patches) {
-      tile<kAtOnce, In, Out, kStored, kRead>(arguments, offset, patch, patches);
+    if (together == kMost && patch + (kMost - 1) * apart < arguments.patches) {
+      tile<kMost, In, Out, kStored, kRead>(arguments, offset, patch, patches);
       continue;
     }
-    for (uint32_t k = 0; k < arguments.at_once && patch < arguments.patches; ++k, patch += apart) {
+    for (uint32_t k = 0; k < together && patch < arguments.patches; ++k, patch += apart) {
       tile<1, In, Out, kStored, kRead>(arguments, offset, patch, patches);
     }
   }
@@ -198,7 +199,7 @@ bool reads_units(const FrameView& frames, const PatchGrid& grid, int64_t unit) {
 template <typename In, typename Out>
 cudaError_t launch_tiles(const FrameView& frames, const PatchGrid& grid, TileArguments arguments,
                          cudaStream_t stream) {
-  const auto launch = [&](auto kernel, int64_t stored) {
+  const auto launch = [&](auto kernel, int64_t stored, int64_t most) {
     const int64_t stores = arguments.patch_elements / stored;
     int64_t patches = 32 / std::gcd<int64_t>(stores, 32);
     patches *= std::max<int64_t>(kThreads / (patches * stores), 1);
@@ -207,11 +208,11 @@ cudaError_t launch_tiles(const FrameView& frames, const PatchGrid& grid, TileArg
     const int64_t threads = ceil_divide(patches * stores, blocks * 32) * 32;
     // One by one, where that leaves more multiprocessors something to do.
     int64_t groups = ceil_divide(arguments.patches, patches);
-    const int64_t at_once = groups * blocks > int64_t{kAtOnce} * multiprocessors() ? kAtOnce : 1;
-    groups = ceil_divide(groups, at_once);
+    const int64_t together = groups * blocks > most * multiprocessors() ? most : 1;
+    groups = ceil_divide(groups, together);
     groups = std::max<int64_t>(grid_blocks(groups * blocks) / blocks, 1);
     arguments.stores = Divider(stores);
-    arguments.at_once = static_cast<uint32_t>(at_once);
+    arguments.together = static_cast<uint32_t>(together);
     arguments.group_patches = static_cast<uint32_t>(patches);
     arguments.group_stores = static_cast<uint32_t>(patches * stores);
     arguments.blocks_per_group = Divider(blocks);
@@ -222,14 +223,16 @@ cudaError_t launch_tiles(const FrameView& frames, const PatchGrid& grid, TileArg
   };
   constexpr int kMost = 16 / sizeof(Out);
   if (reads_units<In>(frames, grid, kMost)) {
-    return launch(tile_patches_kernel<In, Out, kMost, kMost>, kMost);
+    return launch(tile_patches_kernel<In, Out, kMost, kMost>, kMost, kAtOnce<1>);
   }
-  if (arguments.patch_elements % 4 != 0) return launch(tile_patches_kernel<In, Out, 1, 1>, 1);
+  if (arguments.patch_elements % 4 != 0)
+    return launch(tile_patches_kernel<In, Out, 1, 1>, 1, kAtOnce<1>);
   // Bytes are so small that a load of one moves next to nothing.
   if constexpr (sizeof(In) == 1) {
-    if (reads_units<In>(frames, grid, 2)) return launch(tile_patches_kernel<In, Out, 4, 2>, 4);
+    if (reads_units<In>(frames, grid, 2))
+      return launch(tile_patches_kernel<In, Out, 4, 2>, 4, kAtOnce<2>);
   }
-  return launch(tile_patches_kernel<In, Out, 4, 1>, 4);
+  return launch(tile_patches_kernel<In, Out, 4, 1>, 4, kAtOnce<4>);
 }
 
 template <typename In>
