@@ -418,7 +418,9 @@ class ToldNumber {
     while (*number() < 0 && status == cudaErrorNotReady) {
       for (int look = 0; look < kLooks && *number() < 0; ++look) {
       }
-      if (*number() < 0) status = cudaStreamQuery(stream);
+      if (*number() < 0 && (status = cudaStreamQuery(stream)) == cudaErrorNotReady) {
+        cudaGetLastError();  // The next launch must not take it for its own.
+      }
     }
     if (*number() < 0 && status != cudaSuccess) return status;
     *told = *number();
