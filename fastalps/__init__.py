@@ -78,6 +78,7 @@ _MODULES = (
     "protocols",
     "quantization",
     "reference",
+    "relative",
     "scoring",
     "sklearn",
     "testing",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import platform
+import sys
 
 import torch
 
 import fastalps
 from fastalps import backends, environment
+from fastalps.errors import UserError
 
 
 def _lines() -> list[str]:
@@ -52,4 +55,10 @@ if __name__ == "__main__":
         description="Prints versions, devices, CPU features, and which kernels are on or off, and "
         "why. Commands: fastalps-train, fastalps-score, fastalps-export, each with --help.",
     ).parse_args()
+    try:
+        # What reads, and checks, the variables that choose implementations.
+        importlib.import_module("fastalps.op_definitions")
+    except UserError as error:
+        print(f"fastalps: error: {error}", file=sys.stderr)
+        sys.exit(2)
     print("\n".join(_lines()))

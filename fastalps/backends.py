@@ -23,11 +23,14 @@ from typing import Any
 import torch
 
 from fastalps import reference
-from fastalps.errors import BackendUnavailable
+from fastalps.errors import BackendUnavailable, UserError
 
 logger = logging.getLogger("fastalps")
 
 BACKENDS = ("auto", "reference", "native", "triton")
+
+# Sets of instructions that the native CPU kernels are compiled for.
+CPU_KERNELS = ("default", "avx2", "avx512")
 
 # The compiled library of each device type: its file name without suffix.
 LIBRARIES = {"cpu": "fastalps_cpu", "cuda": "fastalps_cuda"}
@@ -154,14 +157,13 @@ def initialise() -> None:
     """Chooses the implementations by FASTALPS_BACKEND; called once, when the ops are defined."""
     request = os.environ.get("FASTALPS_BACKEND", "auto")
     if request not in BACKENDS:
-        raise ValueError(
-            f"FASTALPS_BACKEND: expected one of {', '.join(BACKENDS)}; got {request!r}"
-        )
+        raise UserError(f"FASTALPS_BACKEND: expected one of {', '.join(BACKENDS)}; got {request!r}")
     wish = os.environ.get("FASTALPS_CPU")
+    if wish and wish not in CPU_KERNELS:
+        raise UserError(f"FASTALPS_CPU: expected one of {', '.join(CPU_KERNELS)}; got {wish!r}")
     if wish and cpu_kernels() not in (wish, "none"):
-        raise ValueError(
-            f"FASTALPS_CPU: {wish!r} was asked for, but this CPU runs {cpu_kernels()!r}; expected "
-            "default, avx2 or avx512, as far as the CPU has them"
+        raise UserError(
+            f"FASTALPS_CPU: expected what this CPU has, {cpu_kernels()} at most; got {wish!r}"
         )
     _choose(request)
 
@@ -183,6 +185,11 @@ def implementation(op: str, device_type: str) -> Callable[..., Any]:
 def requested() -> str:
     """The backend asked for: "auto", "reference", "native" or "triton"."""
     return _requested
+
+
+def engines_wanted() -> bool:
+    """Whether the native engines may score: not where another backend was asked for by name."""
+    return _requested in ("auto", "native")
 
 
 @contextlib.contextmanager

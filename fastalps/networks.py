@@ -10,6 +10,7 @@ import torch
 from fastalps import backends, quantization
 from fastalps.engine import Engine, log_layer_by_layer, why_not
 from fastalps.environment import has_fast_bfloat16
+from fastalps.errors import BackendUnavailable
 from fastalps.fused import FusedEngine
 from fastalps.fused import why_not as why_not_fused
 from fastalps.layers import LayerByLayer
@@ -84,9 +85,15 @@ class Networks:
     def current(self) -> Network:
         """The engine where it covers the model and the backend asked for, else layer by layer."""
         if self._engine is not None:
-            if backends.requested() in ("auto", "native"):
+            if backends.engines_wanted():
                 return self._engine
-            log_layer_by_layer(f"backend {backends.requested()} was asked for")
+            asked = backends.requested()
+            if self.precision == "int8":
+                raise BackendUnavailable(
+                    f"backend {asked} does not compute in int8, which these scores were to be in; "
+                    "make the scorer with precision fp32 or bf16"
+                )
+            log_layer_by_layer(f"backend {asked} was asked for")
         if self._layers is None:
             self._layers = LayerByLayer(self._model, self.device, self.precision, self.batch_size)
         return self._layers

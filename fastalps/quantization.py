@@ -160,11 +160,11 @@ def choose(model: ALPS, device: torch.device) -> str:
 
     In the engine, on CPUs: int8 before bf16 before fp32, the first two only where they are close
     and the processor has instructions for them (AVX512-VNNI or AVX-VNNI; AVX512-BF16). On CUDA
-    devices, and layer by layer: bf16 where the device has instructions for it, unless it was found
-    not to be close.
+    devices, and layer by layer (as by the backend "reference"): bf16 where the device has
+    instructions for it, unless it was found not to be close.
     """
     found = {} if model.quantization is None else model.quantization.agreement
-    if not why_not(model.config, device, "fp32"):
+    if backends.engines_wanted() and not why_not(model.config, device, "fp32"):
         for name in NARROW:
             close = name in found and found[name].close
             if close and in_hardware(name) and not why_not(model.config, device, name):

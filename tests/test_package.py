@@ -56,13 +56,23 @@ def test_import_leaves_heavy_packages_alone() -> None:
     ("variable", "value", "message"),
     [
         ("FASTALPS_BACKEND", "cudnn", "FASTALPS_BACKEND: expected one of auto, reference, native"),
-        ("FASTALPS_CPU", "sse9", "FASTALPS_CPU: 'sse9' was asked for"),
+        ("FASTALPS_CPU", "sse9", "FASTALPS_CPU: expected one of default, avx2, avx512; got 'sse9'"),
     ],
 )
 def test_environment_variables_are_checked(variable, value, message) -> None:
     done = run("-c", "import fastalps.ops", **{variable: value})
     assert done.returncode != 0
     assert message in done.stderr.splitlines()[-1]
+    commands = [("-m", "fastalps")]
+    commands += [
+        ("-c", f"from fastalps.cli import entry; exit(entry.{name}())")
+        for name in ("train", "score", "export")
+    ]
+    for command in commands:
+        done = run(*command, **{variable: value})
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert message in line
 
 
 def test_portable_kernels_can_be_asked_for() -> None:

@@ -20,7 +20,7 @@ from fastalps import ALPS, Scorer, TrainConfig, Trainer, backends, metrics, quan
 from fastalps.data import load_images
 from fastalps.engine import Engine, why_not
 from fastalps.engine.narrow import LARGEST_IMAGE, NARROW, activation_ranges, range_count
-from fastalps.errors import UserError
+from fastalps.errors import BackendUnavailable, UserError
 from fastalps.folding import fold_batch_norm
 from fastalps.models import BOUNDS, PERTURBATIONS, Encoder
 from fastalps.quantization import Agreement, Quantization, quantize
@@ -354,6 +354,29 @@ def test_auto_is_the_fastest_that_keeps_the_ranking(monkeypatch) -> None:
         assert Scorer(model).precision == expected
     model.quantization = None
     assert Scorer(model).precision == "fp32"
+
+
+@needs_library
+@pytest.mark.parametrize("fast", [False, True])
+def test_other_backends_score_without_int8(monkeypatch, fast: bool) -> None:
+    monkeypatch.setattr(backends, "dot_products", lambda: ("avx512_vnni",))
+    monkeypatch.setattr("fastalps.quantization.has_fast_bfloat16", lambda device: fast)
+    model = randomise(ALPS(12, preset="fast"), 2)
+    images = pixels_of((20, 1, 12, 12), 1)
+    ranges = activation_ranges(model, images)
+    model.quantization = Quantization(ranges, 20, {"int8": Agreement(0.9999, 0.001)})
+    scorer = Scorer(model)
+    assert scorer.precision == "int8"
+    whole = Scorer(model, precision="fp32")
+    with fastalps.use_backend("reference"):
+        with pytest.raises(BackendUnavailable, match="reference does not compute in int8"):
+            scorer.score_images(images)
+        other = Scorer(model)
+        assert (other.precision, other.method) == ("bf16" if fast else "fp32", "layers")
+        torch.testing.assert_close(
+            other.score_images(images), whole.score_images(images), rtol=0.05, atol=0
+        )
+    assert scorer.score_images(images).isfinite().all()
 
 
 @pytest.mark.parametrize("fast", [False, True])

@@ -9,12 +9,10 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from fastalps.cli.entry import INTERRUPTED
+from fastalps.cli.entry import INTERRUPTED, USAGE_ERROR
 from fastalps.errors import BackendUnavailable, UserError
 from fastalps.files import discard_output
 from fastalps.memory import memory_text
-
-USAGE_ERROR = 2
 
 
 class Interrupted(Exception):

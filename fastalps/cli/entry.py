@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 
+from fastalps.errors import UserError
+
 # As shells count it: 128 plus the number of the signal.
 INTERRUPTED = 130
+USAGE_ERROR = 2
 
 
 def _run(name: str) -> int:
@@ -16,6 +19,10 @@ def _run(name: str) -> int:
     except KeyboardInterrupt:
         print(f"fastalps-{name}: stopped", file=sys.stderr)
         return INTERRUPTED
+    except UserError as error:
+        # A variable of the environment that is read as the ops are defined.
+        print(f"fastalps-{name}: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
     return int(main())
 
 
