@@ -1,5 +1,7 @@
 // Finding the patches that differ from a background: sums of absolute differences, and a scan that
 // keeps the order. The patches themselves are then cut by tile_patches.
+#include <chrono>
+
 #include "common.cuh"
 
 namespace fastalps::cuda {
@@ -61,7 +63,7 @@ struct Unit {
     return Unit(__ldg(reinterpret_cast<const Word*>(source)));
   }
 
-  // What is read once, and should not drive what is read again from the caches.
+  // Of pixels that few threads read, which should not drive the background from the cache.
   __device__ __forceinline__ static Unit load_once(const uint8_t* source) {
     return Unit(__ldcs(reinterpret_cast<const Word*>(source)));
   }
@@ -99,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   const uint32_t team = 32 * arguments.warps, together = arguments.threads.divide(team);
   uint32_t thread = threadIdx.x % team;
   const uint32_t place = threadIdx.x / team * together + arguments.threads.split(thread);
-  // Threads of a team that are left over.
+  // Threads at the end of a team that are left over, whose sum is 0.
   const bool spare = threadIdx.x % team >= together * threads;
   uint32_t lane = thread;
   const uint32_t phase = arguments.lanes.split(lane);
@@ -327,6 +329,7 @@ cudaError_t launch_differences(const FrameView& frames, const Matrix& background
       std::min<int64_t>(ceil_divide(grid.patch_height, kRows<kUnit>), kThreads / lanes));
   int64_t warps = 1;
   while (32 * warps < lanes * phases) warps *= 2;
+  // As many more as leave the number of patches that share a team, which the kernel finds anew.
   const int64_t together = 32 * warps / (lanes * phases);
   phases = 32 * warps / together / lanes;
   const int64_t per_block = kThreads / (32 * warps) * together;
@@ -387,8 +390,8 @@ cudaError_t find_active(const FrameView& frames, const Matrix& background, const
   return active_index(flags, offsets, patches, grid.count(), kept, stream);
 }
 
-// A number in the host's memory that a kernel writes: to look there until it has come takes less
-// time than to copy it and to wait for the stream. Each thread has its own, since it waits for one
+// A number in the host's memory that a kernel writes. To look there until it has come takes less
+// time than to copy it, or to wait for the stream. Each thread has its own, since it waits for one
 // number before it asks for the next.
 class ToldNumber {
  public:
@@ -411,21 +414,26 @@ class ToldNumber {
     return static_cast<int64_t*>(place_);
   }
 
-  // Waits for it. The driver is asked now and then, since a kernel that fails tells nothing.
+  // Looks for it for about as long as a short call takes, then waits for the stream: that leaves
+  // the processor to others where the device was set up so, and tells whether a kernel failed.
   cudaError_t wait(cudaStream_t stream, int64_t* told) const {
-    constexpr int kLooks = 4096;
-    cudaError_t status = cudaErrorNotReady;
-    while (*number() < 0 && status == cudaErrorNotReady) {
+    constexpr std::chrono::milliseconds kPatience{1};
+    constexpr int kLooks = 256;
+    const auto end = std::chrono::steady_clock::now() + kPatience;
+    while (*number() < 0 && std::chrono::steady_clock::now() < end) {
       for (int look = 0; look < kLooks && *number() < 0; ++look) {
       }
-      if (*number() < 0 && (status = cudaStreamQuery(stream)) == cudaErrorNotReady) {
-        cudaGetLastError();  // The next launch must not take it for its own.
-      }
     }
-    if (*number() < 0 && status != cudaSuccess) return status;
+    if (*number() < 0) {
+      const cudaError_t status = cudaStreamSynchronize(stream);
+      if (status != cudaSuccess) return status;
+    }
     *told = *number();
-    return cudaSuccess;
+    return *told < 0 ? cudaErrorUnknown : cudaSuccess;
   }
+
+  // After a failure: a kernel that is still to come may write there, and not what is expected next.
+  void abandon() { place_ = nullptr; }
 
  private:
   volatile int64_t* number() const { return static_cast<volatile int64_t*>(place_); }
@@ -448,12 +456,16 @@ cudaError_t active_count(const FrameView& frames, const Matrix& background, cons
   *kept_count = 0;
   const int64_t patches = frames.frames * grid.count();
   if (patches == 0) return cudaSuccess;
-  thread_local ToldNumber numbers;
-  int64_t* const told = numbers.expect();
+  thread_local ToldNumber number;
+  int64_t* const told = number.expect();
   cudaError_t status =
       find_active(frames, background, grid, limit, flags, offsets, kept, told, stream);
+  if (told != nullptr) {
+    if (status == cudaSuccess) status = number.wait(stream, kept_count);
+    if (status != cudaSuccess) number.abandon();
+    return status;
+  }
   if (status != cudaSuccess) return status;
-  if (told != nullptr) return numbers.wait(stream, kept_count);
   status = cudaMemcpyAsync(kept_count, offsets + active_tiles(patches), sizeof(int64_t),
                            cudaMemcpyDeviceToHost, stream);
   return status == cudaSuccess ? cudaStreamSynchronize(stream) : status;

@@ -1,7 +1,7 @@
 // Launchers of the CUDA kernels: raw pointers, sizes, strides in elements and a stream; no torch.
 //
 // Every launcher returns the error of its launches, and launches nothing for empty outputs. None
-// synchronises except active_count, whose result decides a shape.
+// waits except active_count, whose result decides a shape.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -107,8 +107,9 @@ int64_t active_tiles(int64_t patches);
 cudaError_t active_flags(const FrameView& frames, const Matrix& background, const PatchGrid& grid,
                          int64_t limit, uint8_t* flags, int64_t* offsets, cudaStream_t stream);
 
-// The same, and synchronises the stream to tell the host the number of patches kept. Where `kept`
-// is not null, their pairs have been written by then, as by active_index: room for all patches.
+// The same, and waits until it can tell the host the number of patches kept; the rest of the work
+// is done in the stream's order. Where `kept` is not null, that has their pairs, as by
+// active_index: room for all patches.
 cudaError_t active_count(const FrameView& frames, const Matrix& background, const PatchGrid& grid,
                          int64_t limit, uint8_t* flags, int64_t* offsets, int64_t* kept,
                          int64_t* kept_count, cudaStream_t stream);

@@ -196,43 +196,46 @@ bool reads_units(const FrameView& frames, const PatchGrid& grid, int64_t unit) {
          (frames.frames == 1 || frames.frame_stride % unit == 0) && aligned(frames.data, bytes);
 }
 
+template <typename In, typename Out, int kStored, int kRead>
+cudaError_t launch_groups(TileArguments arguments, cudaStream_t stream) {
+  const int64_t stores = arguments.patch_elements / kStored;
+  int64_t group_patches = 32 / std::gcd<int64_t>(stores, 32);
+  group_patches *= std::max<int64_t>(kThreads / (group_patches * stores), 1);
+  if (group_patches * stores > kReach) group_patches = 1;
+  const int64_t group_stores = group_patches * stores;
+  const int64_t blocks = ceil_divide(group_stores, kThreads);
+  const int64_t threads = ceil_divide(group_stores, blocks * 32) * 32;
+  // One by one, where that leaves more multiprocessors something to do.
+  constexpr int64_t kMost = kAtOnce<kStored / kRead>;
+  int64_t groups = ceil_divide(arguments.patches, group_patches);
+  const int64_t together = groups * blocks > kMost * multiprocessors() ? kMost : 1;
+  groups = ceil_divide(groups, together);
+  groups = std::max<int64_t>(grid_blocks(groups * blocks) / blocks, 1);
+  arguments.stores = Divider(stores);
+  arguments.group_patches = static_cast<uint32_t>(group_patches);
+  arguments.group_stores = static_cast<uint32_t>(group_stores);
+  arguments.blocks_per_group = Divider(blocks);
+  arguments.groups = static_cast<uint32_t>(groups);
+  arguments.together = static_cast<uint32_t>(together);
+  tile_patches_kernel<In, Out, kStored, kRead>
+      <<<static_cast<unsigned>(groups * blocks), static_cast<unsigned>(threads), 0, stream>>>(
+          arguments);
+  return cudaGetLastError();
+}
+
 template <typename In, typename Out>
-cudaError_t launch_tiles(const FrameView& frames, const PatchGrid& grid, TileArguments arguments,
-                         cudaStream_t stream) {
-  const auto launch = [&](auto kernel, int64_t stored, int64_t most) {
-    const int64_t stores = arguments.patch_elements / stored;
-    int64_t patches = 32 / std::gcd<int64_t>(stores, 32);
-    patches *= std::max<int64_t>(kThreads / (patches * stores), 1);
-    if (patches * stores > kReach) patches = 1;
-    const int64_t blocks = ceil_divide(patches * stores, kThreads);
-    const int64_t threads = ceil_divide(patches * stores, blocks * 32) * 32;
-    // One by one, where that leaves more multiprocessors something to do.
-    int64_t groups = ceil_divide(arguments.patches, patches);
-    const int64_t together = groups * blocks > most * multiprocessors() ? most : 1;
-    groups = ceil_divide(groups, together);
-    groups = std::max<int64_t>(grid_blocks(groups * blocks) / blocks, 1);
-    arguments.stores = Divider(stores);
-    arguments.together = static_cast<uint32_t>(together);
-    arguments.group_patches = static_cast<uint32_t>(patches);
-    arguments.group_stores = static_cast<uint32_t>(patches * stores);
-    arguments.blocks_per_group = Divider(blocks);
-    arguments.groups = static_cast<uint32_t>(groups);
-    kernel<<<static_cast<unsigned>(groups * blocks), static_cast<unsigned>(threads), 0, stream>>>(
-        arguments);
-    return cudaGetLastError();
-  };
-  constexpr int kMost = 16 / sizeof(Out);
-  if (reads_units<In>(frames, grid, kMost)) {
-    return launch(tile_patches_kernel<In, Out, kMost, kMost>, kMost, kAtOnce<1>);
+cudaError_t launch_tiles(const FrameView& frames, const PatchGrid& grid,
+                         const TileArguments& arguments, cudaStream_t stream) {
+  constexpr int kWidest = 16 / sizeof(Out);
+  if (reads_units<In>(frames, grid, kWidest)) {
+    return launch_groups<In, Out, kWidest, kWidest>(arguments, stream);
   }
-  if (arguments.patch_elements % 4 != 0)
-    return launch(tile_patches_kernel<In, Out, 1, 1>, 1, kAtOnce<1>);
+  if (arguments.patch_elements % 4 != 0) return launch_groups<In, Out, 1, 1>(arguments, stream);
   // Bytes are so small that a load of one moves next to nothing.
   if constexpr (sizeof(In) == 1) {
-    if (reads_units<In>(frames, grid, 2))
-      return launch(tile_patches_kernel<In, Out, 4, 2>, 4, kAtOnce<2>);
+    if (reads_units<In>(frames, grid, 2)) return launch_groups<In, Out, 4, 2>(arguments, stream);
   }
-  return launch(tile_patches_kernel<In, Out, 4, 1>, 4, kAtOnce<4>);
+  return launch_groups<In, Out, 4, 1>(arguments, stream);
 }
 
 template <typename In>

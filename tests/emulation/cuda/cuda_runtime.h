@@ -42,7 +42,7 @@ struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorNotReady, cudaErrorLaunchFailure };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorLaunchFailure, cudaErrorUnknown };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 enum cudaMemcpyKind { cudaMemcpyDeviceToHost };
 using cudaStream_t = void*;
@@ -186,7 +186,6 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
 
 // CUDA C++ Programming Guide and CUDA Math API: what each of these computes.
 inline void __syncthreads() { emulation::Device::get().wait(emulation::Waits::kBarrier); }
