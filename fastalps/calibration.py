@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fastalps.frame_scores import check_frame_reduce
-from fastalps.inputs import is_array
+from fastalps.inputs import is_array, to_tensor
 from fastalps.models import check_kind
-from fastalps.scalars import is_whole
+from fastalps.scalars import is_whole, plain
 from fastalps.smoothing import check_size
 
 UNITS = {"image": "images", "patch": "patches", "frame": "frames"}
@@ -65,6 +65,8 @@ class Calibration:
     correlation: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("threshold", "target_false_positive_rate", "samples", "correlation"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
         # JSON has lists only.
         pairs = tuple((float(p), float(score)) for p, score in self.quantiles)
         object.__setattr__(self, "quantiles", pairs)
@@ -158,8 +160,10 @@ def threshold_at(scores: Tensor, target_fpr: float) -> float:
     Raises:
         ValueError: no scores, one that is not finite, or a target out of its range.
     """
+    target_fpr = plain(target_fpr)
     if not (isinstance(target_fpr, (int, float)) and 0 < target_fpr < 1):
         raise ValueError(f"target_fpr must be between 0 and 1, got {target_fpr!r}")
+    scores = to_tensor(scores)
     count = scores.numel()
     if count == 0:
         raise ValueError("normal_data must not be empty: there is no threshold of no scores")
@@ -191,6 +195,15 @@ def quantiles_of(scores: Tensor) -> tuple[tuple[float, float], ...]:
     )
 
 
+def middle_ranks(scores: Tensor) -> Tensor:
+    """Ranks of (N,) scores from 0 up, float64; equal scores share their middle rank.
+
+    Ranks by position would rise along a run of equal scores, as if they were ordered.
+    """
+    _, inverse, counts = torch.unique(scores, return_inverse=True, return_counts=True)
+    return (counts.cumsum(0).double() - 0.5 * (counts + 1))[inverse]
+
+
 def correlation_length(scores: Tensor) -> float:
     """How many successive scores tell as much about their distribution as one independent score.
 
@@ -204,9 +217,7 @@ def correlation_length(scores: Tensor) -> float:
     Returns:
         a number from 1 up; 1 where N < 8.
     """
-    _, inverse, counts = torch.unique(scores, return_inverse=True, return_counts=True)
-    # Equal scores share their middle rank: ranks by position would rise along a run of them.
-    ranks = (counts.cumsum(0).double() - 0.5 * (counts + 1))[inverse]
+    ranks = middle_ranks(scores)
     total = float(ranks.var(correction=0)) if len(ranks) else 0.0
     longest = 1.0
     block = 1

@@ -92,7 +92,7 @@ class FramePipeline:
                 )
             background = None
             if estimate is not None and (len(chunk) or estimate.seen):
-                background = estimate.update(chunk)
+                background = estimate.update(chunk.reshape(len(chunk), *size))
             yield self._launch(chunk, offset, background, staging)
             offset += len(chunk)
 

@@ -81,13 +81,14 @@ class FrameScores:
         return self.patches.shape[0]
 
     def heatmaps(
-        self, frames: slice | Sequence[int] | None = None, *, reduce: str = "mean"
+        self, frames: slice | Sequence[int] | Tensor | None = None, *, reduce: str = "mean"
     ) -> Tensor:
         """The patches' scores painted on their frames, made when asked for.
 
         Args:
-            frames: which frames, such as slice(100, 200); None = all. One frame takes
-                4 * height * width bytes, so ask for a long video's in pieces.
+            frames: which frames, such as slice(100, 200), [3, 7] or ``result.frames > threshold``;
+                None = all. One frame takes 4 * height * width bytes, so ask for a long video's in
+                pieces.
             reduce: "mean" or "max" of the patches that cover a pixel.
 
         Returns:
@@ -95,7 +96,11 @@ class FrameScores:
         """
         if frames is None:
             frames = slice(None)
-        scores = self.patches[frames if isinstance(frames, slice) else list(frames)]
+        elif not isinstance(frames, slice):
+            frames = torch.as_tensor(frames)
+            # A list of none has no integers either.
+            frames = frames if frames.numel() else frames.long()
+        scores = self.patches[frames]
         return ops.fold_scores(
             scores, self.frame_size, self.patch_size, self.stride, edge=self.edge, reduce=reduce
         )

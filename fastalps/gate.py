@@ -19,7 +19,7 @@ from torch import Tensor
 from fastalps import ops
 from fastalps.chunks import plan_chunks
 from fastalps.inputs import is_array, pair, release_mapped, to_tensor
-from fastalps.scalars import is_whole
+from fastalps.scalars import is_whole, plain
 
 # Bytes of frames that a median works on at a time: what stays in a core's cache (2-core AVX2
 # machine, 180 frames of 240x360: 24 ms against 81 ms for torch.median).
@@ -51,6 +51,8 @@ class MotionGate:
     samples: int | None = CLIP_SAMPLES
 
     def __post_init__(self) -> None:
+        for name in ("threshold", "samples"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
         if not (math.isfinite(self.threshold) and self.threshold >= 0):
             raise ValueError(
                 f"threshold must be a number of gray levels from 0 up, got {self.threshold}"

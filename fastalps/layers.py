@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastalps import ops
 from fastalps.folding import fold_batch_norm
 from fastalps.inputs import unit_pixels
-from fastalps.models import ALPS
+from fastalps.models import ALPS, alterations
 from fastalps.passes import Cut, Passes
 from fastalps.smoothing import reconstruction_errors
 
@@ -50,10 +50,12 @@ class LayerByLayer:
         self.batch_size = batch_size
         network = copy.deepcopy(model).eval().requires_grad_(False)
         network.to(device)
-        fold_batch_norm(network)
-        for module in network.modules():
-            if isinstance(module, nn.LeakyReLU):
-                module.inplace = True
+        # Of layers that are not ours it is not known what else they read, or do with a result.
+        if not alterations(model):
+            fold_batch_norm(network)
+            for module in network.modules():
+                if isinstance(module, nn.LeakyReLU):
+                    module.inplace = True
         # After folding, which rounds once only that way.
         self.network = network.to(self.dtype)
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -8,6 +8,7 @@ the presets state ours.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -174,6 +175,35 @@ def model_config(
     for name in ("encoder", "distorter", "decoder"):
         fields[name] = tuple(fields[name])
     return ModelConfig(image_size=size, channels=channels, preset=preset, **fields)
+
+
+def alterations(model: ALPS) -> str:
+    """In what a model is not what its configuration says; empty where it is.
+
+    The engines compute an ALPS of that configuration with the model's weights. A method that a
+    subclass has of its own, another layer in place of one, or a hook they would not see.
+    """
+    for name in ("encode", "distort", "decode"):
+        if name in vars(model) or getattr(type(model), name) is not getattr(ALPS, name):
+            return f"the model has a method {name} of its own"
+    with torch.device("meta"):
+        plain_model = ALPS.from_config(model.config)
+    expected, found = dict(plain_model.named_modules()), dict(model.named_modules())
+    for name in sorted(expected.keys() ^ found.keys()):
+        return f"the model has {'a' if name in found else 'no'} layer {name}"
+    for name, module in found.items():
+        if name and _description(module) != _description(expected[name]):
+            return f"layer {name} is {type(module).__name__}, other than the configuration's"
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return f"{f'layer {name}' if name else 'the model'} has a hook"
+    return ""
+
+
+def _description(module: nn.Module) -> tuple[Any, ...]:
+    # How a batch norm learns, and where a layer writes, changes no result.
+    options = re.sub(r",? ?(momentum|inplace)=[\w.]+", "", module.extra_repr())
+    held = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return type(module), options, [(name, tuple(value.shape)) for name, value in held]
 
 
 def _hidden(layer: nn.Module, channels: int, config: ModelConfig) -> Iterator[nn.Module]:

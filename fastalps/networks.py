@@ -14,7 +14,7 @@ from fastalps.errors import BackendUnavailable
 from fastalps.fused import FusedEngine
 from fastalps.fused import why_not as why_not_fused
 from fastalps.layers import LayerByLayer
-from fastalps.models import ALPS
+from fastalps.models import ALPS, alterations
 from fastalps.passes import Network
 
 PRECISIONS = ("fp32", "bf16", "int8")
@@ -30,7 +30,7 @@ def choose_precision(model: ALPS, device: torch.device, asked: str) -> str:
         return quantization.choose(model, device)
     if asked not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)} or auto, got {asked!r}")
-    reason = why_not(model.config, device, asked)
+    reason = alterations(model) or why_not(model.config, device, asked)
     if asked == "int8" and reason:
         raise ValueError(f"precision int8 is not to be had: {reason}; use fp32, bf16 or auto")
     if asked == "int8" and model.quantization is None:
@@ -69,12 +69,13 @@ class Networks:
 
     def _make_engine(self) -> Engine | FusedEngine | None:
         """What scores with the whole network in one call; None, and the reason logged, without."""
+        altered = alterations(self._model)
         if self.device.type == "cuda":
-            reason = why_not_fused(self._model.config, self.device, self.precision)
+            reason = altered or why_not_fused(self._model.config, self.device, self.precision)
             if not reason:
                 return FusedEngine(self._model, self.device)
         else:
-            reason = why_not(self._model.config, self.device, self.precision)
+            reason = altered or why_not(self._model.config, self.device, self.precision)
             if not reason:
                 found = self._model.quantization
                 ranges = None if found is None else found.ranges

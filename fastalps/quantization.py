@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from fastalps import backends
+from fastalps.calibration import middle_ranks
 from fastalps.engine import Engine, why_not
 from fastalps.engine.narrow import Ranges, activation_ranges, range_count
 from fastalps.environment import has_fast_bfloat16
-from fastalps.inputs import check_array, to_tensor
-from fastalps.models import ALPS
+from fastalps.inputs import check_array, check_pixels, to_tensor
+from fastalps.models import ALPS, alterations
 
 # In the order of their speed, with the instructions of which any makes them faster than fp32.
 NARROW = {"int8": ("avx512_vnni", "avx_vnni"), "bf16": ("avx512_bf16",)}
@@ -28,6 +29,8 @@ LARGEST_DIFFERENCE = 0.02
 # Images that `quantize` looks at: the ranges of some hundred are those of thousands.
 IMAGES = 1024
 LEAST_IMAGES = 4
+# With fewer, of which half are compared, how near a precision comes is not known.
+LEAST_COMPARED = 32
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,12 @@ def quantize(model: ALPS, normal_images: Any) -> Quantization:
             a tensor or an array; N at least 4. At most `IMAGES` of them, evenly spaced, are used.
 
     Returns:
-        a `Quantization`. Its `agreement` is empty where there are no compiled kernels.
+        a `Quantization`. Its `agreement` is empty where there are no compiled kernels, and with
+        fewer than `LEAST_COMPARED` images: then "auto" takes neither bf16 nor int8 in the engine.
 
     Raises:
-        ValueError: too few images, or of another shape. TypeError: another dtype.
+        ValueError: too few images, another shape, or a model with layers, methods or hooks of its
+            own. TypeError: another dtype.
     """
     check_array("normal_images", normal_images)
     shape, expected = tuple(normal_images.shape), (model.config.channels, *model.config.image_size)
@@ -118,12 +123,17 @@ def quantize(model: ALPS, normal_images: Any) -> Quantization:
             f"normal_images must be (N, C, H, W) = (N, {', '.join(map(str, expected))}) with N at "
             f"least {LEAST_IMAGES} for this model, got shape {shape}"
         )
+    if altered := alterations(model):
+        raise ValueError(
+            f"model: int8 is for models as they come from fastalps.ALPS, but {altered}"
+        )
     picked = np.linspace(0, shape[0] - 1, min(IMAGES, shape[0])).round().astype(int)
     images = to_tensor(normal_images[picked]).cpu()
+    check_pixels("normal_images", images)
     ranges = activation_ranges(model, images[::2])
     agreement = {}
     cpu = torch.device("cpu")
-    if not why_not(model.config, cpu, "int8"):
+    if not why_not(model.config, cpu, "int8") and len(images) >= LEAST_COMPARED:
         held_out = images[1::2]
         exact = _scores(Engine(model), held_out)
         for name in NARROW:
@@ -141,10 +151,10 @@ def _scores(engine: Engine, images: Tensor) -> Tensor:
 
 def measured_agreement(found: Tensor, exact: Tensor) -> Agreement:
     """How near (N,) scores come to the exact ones."""
-    ranks = torch.stack([scores.argsort().argsort() for scores in (found, exact)])
-    correlation = torch.corrcoef(ranks.double())[0, 1]
+    correlation = torch.corrcoef(torch.stack([middle_ranks(found), middle_ranks(exact)]))[0, 1]
     difference = ((found - exact).abs() / exact.clamp(min=torch.finfo().tiny)).median()
-    return Agreement(float(correlation), float(difference))
+    # Scores that are all equal rank nothing.
+    return Agreement(float(correlation.nan_to_num(0.0)), float(difference))
 
 
 def in_hardware(precision: str) -> bool:
@@ -164,7 +174,8 @@ def choose(model: ALPS, device: torch.device) -> str:
     instructions for it, unless it was found not to be close.
     """
     found = {} if model.quantization is None else model.quantization.agreement
-    if backends.engines_wanted() and not why_not(model.config, device, "fp32"):
+    covered = not alterations(model) and not why_not(model.config, device, "fp32")
+    if covered and backends.engines_wanted():
         for name in NARROW:
             close = name in found and found[name].close
             if close and in_hardware(name) and not why_not(model.config, device, name):

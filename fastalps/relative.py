@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastalps import ops
 from fastalps.chunks import plan_chunks
-from fastalps.inputs import pair, unit_pixels
+from fastalps.inputs import Pixels, pair, to_tensor, unit_pixels
 
 # Energy of an image that is nothing but noise: deviations of 8 gray levels of 255, squared.
 FLOOR = 1e-3
@@ -26,7 +26,7 @@ FLOOR = 1e-3
 EXPONENT = 2 / 3
 
 
-def energy(images: Tensor, background: Tensor | float = 0.0) -> Tensor:
+def energy(images: Pixels, background: Tensor | float = 0.0) -> Tensor:
     """Mean square of an image's difference from its background.
 
     Args:
@@ -39,6 +39,7 @@ def energy(images: Tensor, background: Tensor | float = 0.0) -> Tensor:
     Raises:
         ValueError: images without pixels.
     """
+    images = to_tensor(images)
     if images.dim() < 2 or (not images[:1].numel() and images.shape[0]):
         raise ValueError(f"images must be (N, ...) with pixels, got shape {tuple(images.shape)}")
     return (unit_pixels(images) - background).square().flatten(1).mean(1)

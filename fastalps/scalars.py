@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 
 def is_whole(value: object, smallest: int = 1) -> bool:
@@ -14,9 +15,9 @@ def is_whole(value: object, smallest: int = 1) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """A scalar of NumPy as Python's, which JSON and torch's ops take; so within a tuple or list.
-    Anything else as it is."""
-    if isinstance(value, np.generic):
+    """A scalar of NumPy, or a tensor of one number, as Python's, which JSON and torch's ops take;
+    so scalars of NumPy within a tuple or list. Anything else as it is."""
+    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.dim() == 0):
         return value.item()
     if isinstance(value, (tuple, list)) and any(isinstance(part, np.generic) for part in value):
         return type(value)(map(plain, value))

@@ -30,7 +30,7 @@ from fastalps.layers import default_batch_size
 from fastalps.models import ALPS, SCORE_KINDS, Scores, check_kind
 from fastalps.networks import Networks, choose_precision
 from fastalps.passes import Passes, passes_for, pick
-from fastalps.scalars import is_whole
+from fastalps.scalars import is_whole, plain
 from fastalps.stage_times import StageTimes
 from fastalps.streaming import Stagings
 
@@ -125,7 +125,7 @@ class Scorer:
             )
         self.gate = gate
         self.frame_reduce = frame_reduce
-        self.top_k = top_k
+        self.top_k = plain(top_k)
         self.device = find_device(next(model.parameters()).device if device is None else device)
         self.precision = choose_precision(model, self.device, precision)
         if batch_size is None:

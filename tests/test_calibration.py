@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+import fastalps
 from fastalps import ALPS, MotionGate, Scorer
 from fastalps.calibration import threshold_at
 from fastalps.data import Clip
@@ -52,6 +54,25 @@ def test_calibration_of_frames_and_patches(model: ALPS, rng: torch.Generator) ->
     assert int((result.patches > by_patch.threshold).sum()) == int(0.1 * kept)
     for data in (frames.split(7), [Clip("a", frames[:25]), Clip("b", frames[25:])]):
         assert scorer.calibrate(data, 0.1, level="frame") == by_frame
+
+
+def test_numbers_of_numpy_are_kept_as_pythons(model: ALPS, rng: torch.Generator, tmp_path) -> None:
+    frames = moving(20, rng)
+    path = tmp_path / "model.safetensors"
+    for threshold in (np.float32(2), np.int64(2), torch.tensor(2.0)):
+        gate = MotionGate(threshold)
+        scorer = Scorer(model, gate=gate, frame_reduce="topk", top_k=np.int64(2))
+        found = scorer.calibrate(frames, np.float32(0.1), level="frame")
+        assert found == Scorer(model, gate=MotionGate(2.0), frame_reduce="topk", top_k=2).calibrate(
+            frames, float(np.float32(0.1)), level="frame"
+        )
+        fastalps.save(model, path, found)
+        assert fastalps.load(path).calibration == found
+
+
+def test_threshold_of_an_array() -> None:
+    scores = np.linspace(0, 1, 101, dtype=np.float32)
+    assert threshold_at(scores, 0.1) == threshold_at(torch.from_numpy(scores), np.float64(0.1))
 
 
 def test_calibration_refuses_what_it_cannot_use(model: ALPS, rng: torch.Generator) -> None:

@@ -28,6 +28,23 @@ def test_reduction_of_kept_patches_only() -> None:
     assert reduce_patches(torch.empty(2, 0), "topk").tolist() == [0, 0]
 
 
+def test_heatmaps_of_chosen_frames(model: ALPS, rng: torch.Generator) -> None:
+    result = Scorer(model).score_frames(pixels_of((5, 24, 24), rng))
+    whole = result.heatmaps()
+    mask = result.frames > result.frames.median()
+    for chosen in (
+        mask,
+        mask.numpy(),
+        mask.nonzero()[:, 0],
+        slice(1, 3),
+        [3, 0],
+        (),
+        torch.tensor([2]),
+    ):
+        expected = whole[list(chosen)] if isinstance(chosen, (list, tuple)) else whole[chosen]
+        assert torch.equal(result.heatmaps(chosen), expected)
+
+
 def test_heatmaps_lie_where_the_patches_are(model: ALPS, rng: torch.Generator) -> None:
     frames = pixels_of((4, 30, 41), rng)
     result = Scorer(model).score_frames(frames)

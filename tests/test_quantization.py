@@ -333,6 +333,31 @@ def test_quantization_is_kept_with_the_model(trained, tmp_path) -> None:
 
 
 @needs_library
+def test_too_few_or_equal_images_tell_nothing_of_a_precision(trained) -> None:
+    model, data = trained
+    few = quantize(model, data.train[: quantization.LEAST_COMPARED - 1])
+    assert few.agreement == {}
+    same = quantize(model, data.train[:1].expand(40, -1, -1, -1))
+    assert not any(found.close for found in same.agreement.values())
+    tied, apart = torch.tensor([1.0, 1.0, 1.0, 2.0]), torch.tensor([3.0, 1.0, 2.0, 4.0])
+    found = quantization.measured_agreement(apart, tied)
+    assert found == quantization.measured_agreement(apart.flip(0), tied.flip(0))
+    assert found.correlation == pytest.approx(0.7746, abs=1e-4)
+
+
+def test_quantize_checks_pixels(trained) -> None:
+    model, data = trained
+    with pytest.warns(UserWarning, match=r"normal_images are expected in \[0, 1\]"):
+        quantize(model, data.train[:40].float())
+    pixels = data.train[:40] / 255
+    pixels[3, 0, 1, 2] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"normal_images must be finite, .* at index \(3, 0, 1, 2\)"
+    ):
+        quantize(model, pixels)
+
+
+@needs_library
 def test_auto_is_the_fastest_that_keeps_the_ranking(monkeypatch) -> None:
     model = randomise(ALPS(12, preset="fast"), 2)
     near, far = Agreement(0.9995, 0.005), Agreement(0.998, 0.005)

@@ -81,6 +81,14 @@ def test_stream_gives_the_scores_of_the_array(model: ALPS, rng: torch.Generator,
         )
 
 
+def test_stream_of_frames_with_their_channel(model: ALPS, rng: torch.Generator) -> None:
+    frames = moving(9, rng)
+    scorer = Scorer(model, precision="fp32", gate=MotionGate(2.0))
+    plain = [r.patches for r in scorer.score_frames(iter(frames.split(3)))]
+    found = [r.patches for r in scorer.score_frames(iter(frames[:, None].split(3)))]
+    assert torch.equal(torch.cat(found), torch.cat(plain))
+
+
 def test_stream_is_lazy(model: ALPS, rng: torch.Generator) -> None:
     taken = []
 

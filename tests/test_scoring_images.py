@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastalps import ALPS, Scorer, backends, networks, quantization
+from fastalps import ALPS, Scorer, backends, load_pretrained, networks, quantization
+from fastalps.models import alterations
 from tests.conftest import needs_cuda
 from tests.images import pixels_of
 from tests.networks import SCORES, randomise
@@ -29,6 +32,79 @@ def test_scores_are_those_of_the_model(rng: torch.Generator, kind, size, channel
     every = scorer.scores_images(images)
     torch.testing.assert_close(getattr(every, kind), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(every.average, (every.normal + every.perturbed) / 2)
+
+
+class Mirrored(ALPS):
+    """A model with a method of its own."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        return super().encode(images.flip(3))
+
+
+class Scaled(nn.Module):
+    """A module around one of the model's, which keeps its input."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, values: Tensor) -> Tensor:
+        found = self.inner(values)
+        return found + nn.LeakyReLU()(found)
+
+
+def _own_method(model: ALPS) -> None:
+    model.decode = lambda latent: -ALPS.decode(model, latent)  # type: ignore[method-assign]
+
+
+ALTERATIONS = {
+    "another activation": lambda model: model.encoder.layers.__setitem__(2, nn.ReLU()),
+    "another slope": lambda model: setattr(model.encoder.layers[2], "negative_slope", 0.5),
+    "a hook": lambda model: model.encoder.layers[0].register_forward_hook(lambda m, i, o: 1.5 * o),
+    "a hook before": lambda model: model.decoder.register_forward_pre_hook(lambda m, i: 2 * i[0]),
+    "a wrapped encoder": lambda model: setattr(model, "encoder", Scaled(model.encoder)),
+    "a wrapped decoder": lambda model: setattr(model, "decoder", Scaled(model.decoder)),
+    "no distorter": lambda model: setattr(model, "distorter", None),
+    "a method of its own": _own_method,
+    "weights by norm": lambda model: nn.utils.parametrizations.weight_norm(model.decoder.dense),
+    "norms of the batch": lambda model: model.encoder.layers.__setitem__(
+        1, nn.BatchNorm2d(model.encoder.layers[1].num_features, track_running_stats=False)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*ALTERATIONS, "a subclass's method"])
+def test_altered_models_are_scored_as_they_are(name: str, rng: torch.Generator) -> None:
+    # Of learnt weights, since random ones hardly make anything of an image.
+    plain = load_pretrained("mnist-0")
+    model = Mirrored.from_config(plain.config) if name not in ALTERATIONS else copy.deepcopy(plain)
+    model.load_state_dict(plain.state_dict())
+    model.eval()
+    images = pixels_of((6, 1, 28, 28), rng)
+    before = plain.score(images / 255).average
+    ALTERATIONS.get(name, lambda model: None)(model)
+    scorer = Scorer(model, precision="fp32", batch_size=6)
+    assert scorer.method == "layers"
+    expected = model.score(images / 255)
+    assert name == "weights by norm" or not torch.allclose(expected.average, before, rtol=1e-3)
+    for found, exact in zip(scorer.scores_images(images), expected, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)
+    assert Scorer(model).precision in ("fp32", "bf16")
+    with pytest.raises(ValueError, match="precision int8 is not to be had: "):
+        Scorer(model, precision="int8")
+    with pytest.raises(ValueError, match="int8 is for models as they come from"):
+        quantization.quantize(model, images)
+
+
+def test_what_changes_no_score_is_no_alteration(model: ALPS) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.3
+        if isinstance(module, nn.LeakyReLU):
+            module.inplace = True
+    model.requires_grad_(False)
+    model.compile()
+    assert alterations(copy.deepcopy(model)) == ""
 
 
 def test_scores_do_not_depend_on_the_batch_size(model: ALPS, rng: torch.Generator) -> None:
