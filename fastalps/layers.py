@@ -50,8 +50,10 @@ class LayerByLayer:
         self.batch_size = batch_size
         network = copy.deepcopy(model).eval().requires_grad_(False)
         network.to(device)
-        # Of layers that are not ours it is not known what else they read, or do with a result.
-        if not alterations(model):
+        # Of layers that are not ours it is not known what else they read, what they do with a
+        # result, whether they look at other images of a batch, or can be captured.
+        self._plain = not alterations(model)
+        if self._plain:
             fold_batch_norm(network)
             for module in network.modules():
                 if isinstance(module, nn.LeakyReLU):
@@ -106,6 +108,8 @@ class LayerByLayer:
         return errors, kept
 
     def _batch(self, batch: Tensor, passes: Passes) -> Tensor:
+        if not self._plain:
+            return self.forward(batch, passes)
         if self.device.type != "cuda":
             # Libraries prepare, and keep, a kernel for each size of batch that they meet; behind a
             # motion gate every last batch has another. Padded, there are eight sizes.

@@ -83,7 +83,7 @@ def test_altered_models_are_scored_as_they_are(name: str, rng: torch.Generator) 
     images = pixels_of((6, 1, 28, 28), rng)
     before = plain.score(images / 255).average
     ALTERATIONS.get(name, lambda model: None)(model)
-    scorer = Scorer(model, precision="fp32", batch_size=6)
+    scorer = Scorer(model, precision="fp32", batch_size=64)
     assert scorer.method == "layers"
     expected = model.score(images / 255)
     assert name == "weights by norm" or not torch.allclose(expected.average, before, rtol=1e-3)
