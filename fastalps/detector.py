@@ -17,6 +17,7 @@ counts as its border: values up to half the fitted range away still count in ful
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from fastalps.environment import find_device
 from fastalps.inputs import by, pair
 from fastalps.models import ALPS, SMALLEST_IMAGE, check_kind, model_config
 from fastalps.scoring import Scorer
+from fastalps.seeds import seeded
 from fastalps.training import TrainConfig, Trainer
 
 Array = np.ndarray[Any, Any]
@@ -231,13 +233,16 @@ class Detector:
             device=config.device,
             seed=seed,
         )
+        options = model_config((height, width), channels, config.preset, **overrides)
         # The caller's random numbers are none of ours to spend.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            options = model_config((height, width), channels, config.preset, **overrides)
+        with seeded(seed):
             model = ALPS.from_config(options).float()  # Whatever torch's default dtype is.
+        place = find_device(config.device)
+        # On CPUs training draws from generators of its own; on CUDA, noise is the device's.
+        with seeded(seed, place) if place.type == "cuda" else contextlib.nullcontext():
             Trainer(training, progress=False).fit(model, self.layout.pixels(rows))
         self.model = model
+        self.seed = seed
         self._scorer: Scorer | None = None
 
     def scores(self, rows: Array, shape: tuple[int, int, int] | None, device: str) -> Array:
@@ -259,7 +264,10 @@ class Detector:
         if self._scorer is None or self._scorer.device != place:
             # bf16 would round scores to a hundredth: too coarse to rank close ones.
             self._scorer = Scorer(self.model, self.score_kind, "fp32", device=place)
-        scores = self._scorer.score_images(self.layout.pixels(rows))
+        # Noise is drawn alike at each call; without it nothing is drawn, and no thread waits.
+        noisy = self.model.config.perturbation == "noise"
+        with seeded(self.seed, place) if noisy else contextlib.nullcontext():
+            scores = self._scorer.score_images(self.layout.pixels(rows))
         return scores.cpu().numpy().astype(np.float64)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -273,9 +281,10 @@ class Detector:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         config, weights = state["model"]
-        with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            # Without memory: nothing is drawn for weights that are replaced at once.
             model = ALPS.from_config(config)
         # Copied: arrays of a pickle may be read-only maps of a file.
         tensors = {name: torch.tensor(value) for name, value in weights.items()}
-        model.load_state_dict(tensors)
+        model.load_state_dict(tensors, assign=True)
         self.__dict__.update(state, model=model.eval(), _scorer=None)

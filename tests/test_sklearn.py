@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import threading
 import warnings
 
 import joblib
@@ -19,6 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import fastalps
+from fastalps import ALPS
 from fastalps.detector import Layout, flattened
 from fastalps.sklearn import ALPSDetector
 
@@ -93,6 +96,38 @@ def test_random_state(digits) -> None:
     assert not np.array_equal(quick(random_state=1).fit(images).score_samples(images), one)
     generator = np.random.RandomState(5)
     assert quick(random_state=generator).fit(images).offset_ != 0
+
+
+def test_threads_fit_as_one_does(digits, monkeypatch) -> None:
+    images = digits[0][:40]
+    detectors = [quick(random_state=seed) for seed in range(2)]
+    expected = [clone(one).fit(images).score_samples(images) for one in detectors]
+    state = torch.get_rng_state()
+    together, made = threading.Barrier(2), ALPS.from_config
+
+    def slow(config):
+        # Both threads at the same place, unless one waits for the other to have its weights.
+        with contextlib.suppress(threading.BrokenBarrierError):
+            together.wait(0.5)
+        return made(config)
+
+    monkeypatch.setattr(ALPS, "from_config", slow)
+    fits = (joblib.delayed(one.fit)(images) for one in detectors)
+    joblib.Parallel(n_jobs=2, backend="threading")(fits)
+    assert torch.equal(torch.get_rng_state(), state)
+    for one, scores in zip(detectors, expected, strict=True):
+        np.testing.assert_array_equal(one.score_samples(images), scores)
+
+
+def test_noise_comes_from_random_state(digits) -> None:
+    images = digits[0][:40]
+    noisy = [quick(perturbation="noise", random_state=seed).fit(images) for seed in (0, 0, 1)]
+    state = torch.get_rng_state()
+    scores = [one.score_samples(images) for one in noisy]
+    assert torch.equal(torch.get_rng_state(), state)
+    for same in (noisy[0], noisy[1], pickle.loads(pickle.dumps(noisy[0]))):
+        np.testing.assert_array_equal(same.score_samples(images), scores[0])
+    assert not np.array_equal(scores[0], scores[2])
 
 
 # At home in scikit-learn ------------------------------------------------------------------------
