@@ -41,6 +41,28 @@ Array = np.ndarray[Any, Any]
 CHUNK_BYTES = 1 << 26
 
 
+def as_array(values: Any) -> Any:
+    """Tensors and lists (of images, of tensors, of rows) as arrays; anything else as it is.
+
+    Raises:
+        ValueError: a list of different sizes.
+    """
+    # scikit-learn takes torch's dtypes for none that it knows, and lists for tables.
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    if not isinstance(values, (list, tuple)):
+        return values
+    if any(isinstance(value, Tensor) for value in values):
+        values = [as_array(value) for value in values]
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise ValueError(
+            f"X must be samples of one size, got a list of different ones ({error}); resize them"
+        ) from None
+
+
 def flattened(values: Array) -> tuple[Array, tuple[int, int, int] | None]:
     """(N, F) and, of images (N, H, W) or (N, C, H, W), their (C, H, W); None of features.
 

@@ -18,7 +18,7 @@ except ImportError as error:
     ) from error
 
 import fastalps
-from fastalps.detector import Array, Detector, flattened
+from fastalps.detector import Array, Detector, as_array, flattened
 from fastalps.sklearn import DTYPES, config_of, seed_of
 
 
@@ -98,5 +98,5 @@ class ALPS(BaseDetector):
 
 
 def _rows(X: Any, smallest: int) -> tuple[Array, tuple[int, int, int] | None]:
-    values = check_array(X, dtype=DTYPES, allow_nd=True, ensure_min_samples=smallest)
+    values = check_array(as_array(X), dtype=DTYPES, allow_nd=True, ensure_min_samples=smallest)
     return flattened(values)

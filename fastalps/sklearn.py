@@ -15,7 +15,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 import fastalps
-from fastalps.detector import Array, Detector, DetectorConfig, flattened
+from fastalps.detector import Array, Detector, DetectorConfig, as_array, flattened
 
 DTYPES = (np.float64, np.float32, np.uint8)
 
@@ -120,7 +120,7 @@ class ALPSDetector(OutlierMixin, BaseEstimator):
         return np.where(self.decision_function(X) >= 0, 1, -1)
 
     def _rows(self, X: Any, reset: bool) -> tuple[Array, tuple[int, int, int] | None]:
-        shape = None
+        X, shape = as_array(X), None
         if len(getattr(X, "shape", ())) > 2:
             X, shape = flattened(check_array(X, dtype=DTYPES, allow_nd=True, estimator=self))
         smallest = 2 if reset else 1

@@ -145,6 +145,16 @@ def test_images(rng) -> None:
     np.testing.assert_array_equal(flat.decision_scores_, detector.decision_scores_)
 
 
+def test_tensors_and_lists_are_arrays(rng) -> None:
+    images = torch.randint(0, 256, (30, 8, 8), generator=rng, dtype=torch.uint8)
+    options = {"epochs": 1, "latent": 4, "random_state": 0}
+    expected = ALPS(**options).fit(images.numpy()).decision_scores_
+    for other in (images, list(images), list(images.numpy())):
+        detector = ALPS(**options).fit(other)
+        np.testing.assert_array_equal(detector.decision_scores_, expected)
+        np.testing.assert_array_equal(detector.decision_function(other), expected)
+
+
 def test_pickles(fitted, data) -> None:
     again = pickle.loads(pickle.dumps(fitted))
     np.testing.assert_array_equal(

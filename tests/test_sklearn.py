@@ -204,6 +204,27 @@ def test_shapes_mean_the_same(digits) -> None:
     assert quick(image_size=None).fit(images.reshape(40, 64)).model_.config.image_size == (8, 8)
 
 
+def test_tensors_and_lists_are_arrays(digits) -> None:
+    images = (digits[0][:40] * 15.9).astype(np.uint8)
+    detector = quick().fit(images)
+    expected = detector.score_samples(images)
+    tensor = torch.from_numpy(images)
+    for other in (tensor, list(tensor), list(images), tuple(images), tensor.reshape(40, 64)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            np.testing.assert_array_equal(detector.score_samples(other), expected)
+            np.testing.assert_array_equal(quick().fit(other).score_samples(other), expected)
+    values = images.astype(float)
+    detector = quick().fit(values)
+    weights = torch.from_numpy(values).requires_grad_()
+    for same in (values.tolist(), weights, weights.bfloat16()):  # Whole numbers to 256 are exact.
+        np.testing.assert_array_equal(
+            detector.score_samples(same), detector.score_samples(values)
+        )
+    with pytest.raises(ValueError, match=r"X must be samples of one size, got .*; resize them"):
+        quick().fit([np.zeros((8, 8)), np.zeros((9, 9))])
+
+
 @pytest.mark.parametrize(
     ("features", "side"), [(1, 8), (20, 8), (63, 8), (65, 9), (80, 9), (82, 10), (300, 18)]
 )
