@@ -17,6 +17,7 @@ pytest.importorskip("pyod", reason="pyod is not installed (pip install fastalps[
 from pyod.models.base import BaseDetector
 from pyod.utils.data import generate_data
 
+from fastalps.detector import Detector
 from fastalps.pyod import ALPS
 from fastalps.sklearn import ALPSDetector
 from tests.conftest import threads
@@ -173,6 +174,17 @@ def test_wrong_input(fitted) -> None:
         fitted.decision_function(np.zeros((2, 11)))
     with pytest.raises(ValueError, match=r"images of 1 x 8 x 8 .* got 1 x 9 x 9"):
         fitted.decision_function(np.zeros((2, 9, 9)))
+
+
+def test_a_failed_fit_changes_nothing(data, monkeypatch) -> None:
+    detector = ALPS(epochs=1, latent=4, random_state=0).fit(data[0])
+    expected, attributes = detector.decision_function(data[1]), dict(vars(detector))
+    with monkeypatch.context() as patch:
+        patch.setattr(Detector, "scores", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            detector.fit(data[0][:, :5])
+    assert vars(detector) == attributes
+    np.testing.assert_array_equal(detector.decision_function(data[1]), expected)
 
 
 def test_without_pyod() -> None:

@@ -22,7 +22,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import fastalps
 from fastalps import ALPS
-from fastalps.detector import Layout, flattened
+from fastalps.detector import Detector, Layout, flattened
 from fastalps.sklearn import ALPSDetector
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -317,3 +317,18 @@ def test_wrong_values(digits) -> None:
             detector.predict(broken)
     with pytest.raises(ValueError, match="float64 can tell apart"):
         quick().fit(np.array([[1e308, 0.0], [-1e308, 1.0]]))
+
+
+def test_a_failed_fit_changes_nothing(digits, monkeypatch) -> None:
+    images = digits[0][:20]
+    detector = quick().fit(images)
+    expected, attributes = detector.score_samples(images), dict(vars(detector))
+    with pytest.raises(ValueError, match="at least 8 x 8 pixels, got 4 x 4"):
+        detector.fit(np.zeros((10, 4, 4)))
+    with monkeypatch.context() as patch:
+        patch.setattr(Detector, "scores", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            detector.fit(np.random.default_rng(0).uniform(size=(10, 20)))
+    assert vars(detector) == attributes
+    np.testing.assert_array_equal(detector.score_samples(images), expected)
+    assert detector.fit(np.random.default_rng(0).uniform(size=(10, 20))).n_features_in_ == 20
