@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -154,6 +155,15 @@ def test_tensors_and_lists_are_arrays(rng) -> None:
         detector = ALPS(**options).fit(other)
         np.testing.assert_array_equal(detector.decision_scores_, expected)
         np.testing.assert_array_equal(detector.decision_function(other), expected)
+
+
+def test_other_units_than_fitted_are_told(fitted, data) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for rows in (data[0], data[1], data[1][data[3] == 0], data[1][data[3] == 1]):
+            fitted.predict(rows)
+    with pytest.warns(UserWarning, match=r"in feature 0, as when fitted, got .*; scale it"):
+        fitted.predict(data[1] * 1000)
 
 
 def test_pickles(fitted, data) -> None:

@@ -218,9 +218,7 @@ def test_tensors_and_lists_are_arrays(digits) -> None:
     detector = quick().fit(values)
     weights = torch.from_numpy(values).requires_grad_()
     for same in (values.tolist(), weights, weights.bfloat16()):  # Whole numbers to 256 are exact.
-        np.testing.assert_array_equal(
-            detector.score_samples(same), detector.score_samples(values)
-        )
+        np.testing.assert_array_equal(detector.score_samples(same), detector.score_samples(values))
     with pytest.raises(ValueError, match=r"X must be samples of one size, got .*; resize them"):
         quick().fit([np.zeros((8, 8)), np.zeros((9, 9))])
 
@@ -273,6 +271,60 @@ def test_other_units_than_fitted_are_told(digits) -> None:
         warnings.simplefilter("error")
         detector.score_samples(images * 1.2)
         detector.score_samples((images * 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("scale", "unit", "told"),
+    [
+        (255 / 16, 1, "X must be 0 to 16, as when fitted, got 0 to 255; scale it"),
+        (1 / 16, 1, "X must be 0 to 16, as when fitted, got 0 to 1; scale it"),
+        (1 / 255, 16, r"X must be uint8 \(0 to 255\) or floating \(0 to 1\), .* got 0 to 0.0039"),
+    ],
+)
+def test_images_in_other_units_are_told(digits, scale, unit, told) -> None:
+    images = digits[0] / unit
+    for other in (images, images.reshape(140, -1)):
+        detector = quick(epochs=1).fit(other)
+        with pytest.warns(UserWarning, match=told):
+            detector.predict(other * scale)
+
+
+def test_features_in_other_units_are_told() -> None:
+    rows = np.random.default_rng(0).normal(size=(100, 5))
+    rows[:, 4] = 7
+    detector = quick(epochs=1).fit(rows)
+    for scale in (1000, [1, 1, 1000, 1, 1], 1e-3):
+        with pytest.warns(UserWarning, match=r"X must be -.* in feature \d, as when fitted, got -"):
+            detector.score_samples(rows[:10] * scale)
+    with pytest.warns(UserWarning, match="in feature 1, as when fitted"):
+        detector.score_samples(rows + np.array([0, 273, 0, 0, 0]))
+
+
+def test_ordinary_values_are_of_the_same_units(digits) -> None:
+    generator = np.random.default_rng(0)
+    heavy = generator.lognormal(sigma=2, size=(1000, 300))
+    clusters = generator.normal(size=(300, 4)) + np.arange(300)[:, None] // 100 * 100
+    sparse = (generator.random((200, 20)) < 0.05).astype(float)
+    images = digits[0]
+    blank, bright = np.zeros((3, 8, 8)), np.where(np.arange(64) == 9, 500, images.reshape(-1, 64))
+    cases = [
+        (heavy[:900], [heavy[900:], heavy[900:910], heavy[900:901]]),
+        (clusters, [clusters[100:120], clusters[280:], clusters[:3] * 50]),
+        # What is normal among outliers, and outliers among what is normal.
+        (np.r_[clusters[:90], clusters[:10] * 100], [clusters[:90]]),
+        (clusters[:100], [np.r_[clusters[:60], clusters[:50] * 1e4]]),
+        (sparse, [sparse[:10] * 0, sparse[:10] * 0 + 1]),
+        (images, [digits[1], images[:1], blank, np.r_[images, bright[:20].reshape(-1, 8, 8)]]),
+        (images / 160, [images / 16, blank, (images * 15).astype(np.uint8) // 15]),
+        (np.full((10, 8, 8), 7.0), [images]),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for fitted, others in cases:
+            rows, shape = flattened(fitted)
+            layout = Layout.learn(rows, shape, None)
+            for other in (fitted, *others):
+                layout.check_units(flattened(other)[0])
 
 
 @pytest.mark.parametrize(
