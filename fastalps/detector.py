@@ -12,11 +12,13 @@ Arrays of these shapes are taken:
 The network takes pixels in [0, 1]. uint8 is divided by 255. Images of floating pixels are taken as
 they are where all that is fitted lies in [0, 1]. Else the smallest and the largest value fitted
 (of all pixels; of each feature by itself) become 0.25 and 0.75, and what then lies outside [0, 1]
-counts as its border: values up to half the fitted range away still count in full.
+counts as its border: values up to half the fitted range away still count in full. Values that look
+to be in other units than fitted are told of by a warning, see `fastalps.units`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Sequence
@@ -31,12 +33,36 @@ from fastalps.environment import find_device
 from fastalps.inputs import by, pair
 from fastalps.models import ALPS, SMALLEST_IMAGE, check_kind, model_config
 from fastalps.scoring import Scorer
+from fastalps.seeds import seeded
 from fastalps.training import TrainConfig, Trainer
+from fastalps.units import Units
 
 Array = np.ndarray[Any, Any]
 
 # What is converted at a time: images in float64 take eight times the bytes of their gray levels.
 CHUNK_BYTES = 1 << 26
+
+
+def as_array(values: Any) -> Any:
+    """Tensors and lists (of images, of tensors, of rows) as arrays; anything else as it is.
+
+    Raises:
+        ValueError: a list of different sizes.
+    """
+    # scikit-learn takes torch's dtypes for none that it knows, and lists for tables.
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    if not isinstance(values, (list, tuple)):
+        return values
+    if any(isinstance(value, Tensor) for value in values):
+        values = [as_array(value) for value in values]
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise ValueError(
+            f"X must be samples of one size, got a list of different ones ({error}); resize them"
+        ) from None
 
 
 def flattened(values: Array) -> tuple[Array, tuple[int, int, int] | None]:
@@ -65,6 +91,7 @@ class Layout:
         unit: the pixels are in [0, 1] once uint8 is divided by 255.
         low, span: smallest value fitted, and the largest less it: one, or of each feature; 0 and 1
             where unit.
+        units: what was fitted, to tell values in others.
     """
 
     shape: tuple[int, int, int]
@@ -72,6 +99,7 @@ class Layout:
     unit: bool
     low: Array
     span: Array
+    units: Units
 
     @classmethod
     def learn(
@@ -104,13 +132,17 @@ class Layout:
         low = np.asarray(rows.min(axis), dtype=np.float64)
         high = np.asarray(rows.max(axis), dtype=np.float64)
         if images and (rows.dtype == np.uint8 or (low >= 0 and high <= 1)):
-            return cls(shape, features, True, np.zeros(()), np.ones(()))
+            # Pixels may have all of [0, 1], whatever part of it was fitted.
+            scale = 1 / 255 if rows.dtype == np.uint8 else 1.0
+            units = Units.learn(rows, 0.0, 1.0, images, scale)
+            return cls(shape, features, True, np.zeros(()), np.ones(()), units)
         with np.errstate(over="ignore"):
             span = high - low
         if not np.isfinite(span).all():
             raise ValueError("X must have values that float64 can tell apart; scale it")
+        units = Units.learn(rows, low, high, images)
         # A constant feature keeps its units: any other value of it is a deviation.
-        return cls(shape, features, False, low, np.where(span > 0, span, 1.0))
+        return cls(shape, features, False, low, np.where(span > 0, span, 1.0), units)
 
     def pixels(self, rows: Array) -> Tensor:
         """(N, F) -> float32 (N, C, H, W) in [0, 1].
@@ -128,6 +160,18 @@ class Layout:
             pixels[part, : self.features] = torch.from_numpy(self._scaled(rows[part]))
         return pixels.reshape(len(rows), *self.shape)
 
+    def check_units(self, rows: Array) -> None:
+        """Warns of (N, F) values in other units than fitted, see `Units.differ`."""
+        # The units of bytes are known.
+        if self.unit and rows.dtype == np.uint8:
+            return
+        if (ranges := self.units.differ(rows)) is None:
+            return
+        fitted, found = ranges
+        if self.unit:
+            fitted = "uint8 (0 to 255) or floating (0 to 1)"
+        warnings.warn(f"X must be {fitted}, as when fitted, got {found}; scale it", stacklevel=4)
+
     def _scaled(self, rows: Array) -> Array:
         values = rows.astype(np.float64)
         if not self.unit:
@@ -135,12 +179,6 @@ class Layout:
                 values = 0.25 + 0.5 * ((values - self.low) / self.span)
         elif rows.dtype == np.uint8:
             values /= 255
-        elif values.size and (values.min() < -1 or values.max() > 2):
-            warnings.warn(
-                "X must be uint8 (0 to 255) or floating (0 to 1), as when fitted, got "
-                f"{values.min():.4g} to {values.max():.4g}: what lies outside counts as 0 or 1",
-                stacklevel=6,
-            )
         return values.clip(0, 1).astype(np.float32)
 
 
@@ -231,13 +269,16 @@ class Detector:
             device=config.device,
             seed=seed,
         )
+        options = model_config((height, width), channels, config.preset, **overrides)
         # The caller's random numbers are none of ours to spend.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            options = model_config((height, width), channels, config.preset, **overrides)
+        with seeded(seed):
             model = ALPS.from_config(options).float()  # Whatever torch's default dtype is.
+        place = find_device(config.device)
+        # On CPUs training draws from generators of its own; on CUDA, noise is the device's.
+        with seeded(seed, place) if place.type == "cuda" else contextlib.nullcontext():
             Trainer(training, progress=False).fit(model, self.layout.pixels(rows))
         self.model = model
+        self.seed = seed
         self._scorer: Scorer | None = None
 
     def scores(self, rows: Array, shape: tuple[int, int, int] | None, device: str) -> Array:
@@ -255,11 +296,16 @@ class Detector:
                 f"X must have images of {by(self.layout.shape)} (channels x height x width), as "
                 f"when fitted, got {by(shape)}"
             )
+        pixels = self.layout.pixels(rows)
+        self.layout.check_units(rows)
         place = find_device(device)
         if self._scorer is None or self._scorer.device != place:
             # bf16 would round scores to a hundredth: too coarse to rank close ones.
             self._scorer = Scorer(self.model, self.score_kind, "fp32", device=place)
-        scores = self._scorer.score_images(self.layout.pixels(rows))
+        # Noise is drawn alike at each call; without it nothing is drawn, and no thread waits.
+        noisy = self.model.config.perturbation == "noise"
+        with seeded(self.seed, place) if noisy else contextlib.nullcontext():
+            scores = self._scorer.score_images(pixels)
         return scores.cpu().numpy().astype(np.float64)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -273,9 +319,10 @@ class Detector:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         config, weights = state["model"]
-        with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            # Without memory: nothing is drawn for weights that are replaced at once.
             model = ALPS.from_config(config)
         # Copied: arrays of a pickle may be read-only maps of a file.
         tensors = {name: torch.tensor(value) for name, value in weights.items()}
-        model.load_state_dict(tensors)
+        model.load_state_dict(tensors, assign=True)
         self.__dict__.update(state, model=model.eval(), _scorer=None)

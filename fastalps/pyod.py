@@ -5,6 +5,7 @@ The sign is PyOD's: `decision_function` is higher for what is *anomalous*.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ except ImportError as error:
     ) from error
 
 import fastalps
-from fastalps.detector import Array, Detector, flattened
+from fastalps.detector import Array, Detector, as_array, flattened
 from fastalps.sklearn import DTYPES, config_of, seed_of
 
 
@@ -75,14 +76,19 @@ class ALPS(BaseDetector):
     def fit(self, X: Any, y: Any = None) -> ALPS:
         """Trains on X, of at least two samples; y is ignored.
 
+        A fit that fails leaves the detector as it was.
+
         Raises:
             ValueError: an option out of its range, X of a wrong shape, NaN or infinite values.
         """
         rows, shape = _rows(X, 2)
-        self._set_n_classes(y)
-        self.detector_ = Detector(rows, shape, config_of(self), seed_of(self.random_state))
-        self.decision_scores_ = self.detector_.scores(rows, shape, self.device)
-        self._process_decision_scores()
+        # On a copy, of which nothing stays where something fails.
+        fitted = copy.copy(self)
+        fitted._set_n_classes(y)
+        fitted.detector_ = Detector(rows, shape, config_of(self), seed_of(self.random_state))
+        fitted.decision_scores_ = fitted.detector_.scores(rows, shape, self.device)
+        fitted._process_decision_scores()
+        self.__dict__ = fitted.__dict__
         return self
 
     @property
@@ -98,5 +104,5 @@ class ALPS(BaseDetector):
 
 
 def _rows(X: Any, smallest: int) -> tuple[Array, tuple[int, int, int] | None]:
-    values = check_array(X, dtype=DTYPES, allow_nd=True, ensure_min_samples=smallest)
+    values = check_array(as_array(X), dtype=DTYPES, allow_nd=True, ensure_min_samples=smallest)
     return flattened(values)

@@ -17,6 +17,7 @@ from fastalps.engine.narrow import Ranges, activation_ranges, range_count
 from fastalps.environment import has_fast_bfloat16
 from fastalps.inputs import check_array, check_pixels, to_tensor
 from fastalps.models import ALPS, alterations
+from fastalps.seeds import seeded
 
 # In the order of their speed, with the instructions of which any makes them faster than fp32.
 NARROW = {"int8": ("avx512_vnni", "avx_vnni"), "bf16": ("avx512_bf16",)}
@@ -144,8 +145,7 @@ def quantize(model: ALPS, normal_images: Any) -> Quantization:
 
 def _scores(engine: Engine, images: Tensor) -> Tensor:
     # A model with noise draws the same for each precision.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         return engine.errors(images, "both").mean(0)
 
 

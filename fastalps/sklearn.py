@@ -5,6 +5,7 @@ The sign is scikit-learn's: `score_samples` and `decision_function` are higher f
 
 from __future__ import annotations
 
+import copy
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 import fastalps
-from fastalps.detector import Array, Detector, DetectorConfig, flattened
+from fastalps.detector import Array, Detector, DetectorConfig, as_array, flattened
 
 DTYPES = (np.float64, np.float32, np.uint8)
 
@@ -88,16 +89,21 @@ class ALPSDetector(OutlierMixin, BaseEstimator):
     def fit(self, X: Any, y: Any = None) -> ALPSDetector:
         """Trains on X, of at least two samples; y is ignored.
 
+        A fit that fails leaves the estimator as it was.
+
         Raises:
             ValueError: an option out of its range, X of a wrong shape, NaN or infinite values.
         """
         number = isinstance(self.contamination, numbers.Real)
         if not number or not 0 < self.contamination <= 0.5:
             raise ValueError(f"contamination must be in (0, 0.5], got {self.contamination!r}")
-        rows, shape = self._rows(X, reset=True)
-        self.detector_ = Detector(rows, shape, config_of(self), seed_of(self.random_state))
-        scores = -self.detector_.scores(rows, shape, self.device)
-        self.offset_ = float(np.percentile(scores, 100 * self.contamination))
+        # On a copy, of which nothing stays where something fails.
+        fitted = copy.copy(self)
+        rows, shape = fitted._rows(X, reset=True)
+        fitted.detector_ = Detector(rows, shape, config_of(self), seed_of(self.random_state))
+        scores = -fitted.detector_.scores(rows, shape, self.device)
+        fitted.offset_ = float(np.percentile(scores, 100 * self.contamination))
+        self.__dict__ = fitted.__dict__
         return self
 
     @property
@@ -120,7 +126,7 @@ class ALPSDetector(OutlierMixin, BaseEstimator):
         return np.where(self.decision_function(X) >= 0, 1, -1)
 
     def _rows(self, X: Any, reset: bool) -> tuple[Array, tuple[int, int, int] | None]:
-        shape = None
+        X, shape = as_array(X), None
         if len(getattr(X, "shape", ())) > 2:
             X, shape = flattened(check_array(X, dtype=DTYPES, allow_nd=True, estimator=self))
         smallest = 2 if reset else 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ pytest.importorskip("pyod", reason="pyod is not installed (pip install fastalps[
 from pyod.models.base import BaseDetector
 from pyod.utils.data import generate_data
 
+from fastalps.detector import Detector
 from fastalps.pyod import ALPS
 from fastalps.sklearn import ALPSDetector
 from tests.conftest import threads
@@ -145,6 +147,25 @@ def test_images(rng) -> None:
     np.testing.assert_array_equal(flat.decision_scores_, detector.decision_scores_)
 
 
+def test_tensors_and_lists_are_arrays(rng) -> None:
+    images = torch.randint(0, 256, (30, 8, 8), generator=rng, dtype=torch.uint8)
+    options = {"epochs": 1, "latent": 4, "random_state": 0}
+    expected = ALPS(**options).fit(images.numpy()).decision_scores_
+    for other in (images, list(images), list(images.numpy())):
+        detector = ALPS(**options).fit(other)
+        np.testing.assert_array_equal(detector.decision_scores_, expected)
+        np.testing.assert_array_equal(detector.decision_function(other), expected)
+
+
+def test_other_units_than_fitted_are_told(fitted, data) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for rows in (data[0], data[1], data[1][data[3] == 0], data[1][data[3] == 1]):
+            fitted.predict(rows)
+    with pytest.warns(UserWarning, match=r"in feature 0, as when fitted, got .*; scale it"):
+        fitted.predict(data[1] * 1000)
+
+
 def test_pickles(fitted, data) -> None:
     again = pickle.loads(pickle.dumps(fitted))
     np.testing.assert_array_equal(
@@ -163,6 +184,17 @@ def test_wrong_input(fitted) -> None:
         fitted.decision_function(np.zeros((2, 11)))
     with pytest.raises(ValueError, match=r"images of 1 x 8 x 8 .* got 1 x 9 x 9"):
         fitted.decision_function(np.zeros((2, 9, 9)))
+
+
+def test_a_failed_fit_changes_nothing(data, monkeypatch) -> None:
+    detector = ALPS(epochs=1, latent=4, random_state=0).fit(data[0])
+    expected, attributes = detector.decision_function(data[1]), dict(vars(detector))
+    with monkeypatch.context() as patch:
+        patch.setattr(Detector, "scores", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            detector.fit(data[0][:, :5])
+    assert vars(detector) == attributes
+    np.testing.assert_array_equal(detector.decision_function(data[1]), expected)
 
 
 def test_without_pyod() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import threading
 import warnings
 
 import joblib
@@ -19,7 +21,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import fastalps
-from fastalps.detector import Layout, flattened
+from fastalps import ALPS
+from fastalps.detector import Detector, Layout, flattened
 from fastalps.sklearn import ALPSDetector
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,6 +96,38 @@ def test_random_state(digits) -> None:
     assert not np.array_equal(quick(random_state=1).fit(images).score_samples(images), one)
     generator = np.random.RandomState(5)
     assert quick(random_state=generator).fit(images).offset_ != 0
+
+
+def test_threads_fit_as_one_does(digits, monkeypatch) -> None:
+    images = digits[0][:40]
+    detectors = [quick(random_state=seed) for seed in range(2)]
+    expected = [clone(one).fit(images).score_samples(images) for one in detectors]
+    state = torch.get_rng_state()
+    together, made = threading.Barrier(2), ALPS.from_config
+
+    def slow(config):
+        # Both threads at the same place, unless one waits for the other to have its weights.
+        with contextlib.suppress(threading.BrokenBarrierError):
+            together.wait(0.5)
+        return made(config)
+
+    monkeypatch.setattr(ALPS, "from_config", slow)
+    fits = (joblib.delayed(one.fit)(images) for one in detectors)
+    joblib.Parallel(n_jobs=2, backend="threading")(fits)
+    assert torch.equal(torch.get_rng_state(), state)
+    for one, scores in zip(detectors, expected, strict=True):
+        np.testing.assert_array_equal(one.score_samples(images), scores)
+
+
+def test_noise_comes_from_random_state(digits) -> None:
+    images = digits[0][:40]
+    noisy = [quick(perturbation="noise", random_state=seed).fit(images) for seed in (0, 0, 1)]
+    state = torch.get_rng_state()
+    scores = [one.score_samples(images) for one in noisy]
+    assert torch.equal(torch.get_rng_state(), state)
+    for same in (noisy[0], noisy[1], pickle.loads(pickle.dumps(noisy[0]))):
+        np.testing.assert_array_equal(same.score_samples(images), scores[0])
+    assert not np.array_equal(scores[0], scores[2])
 
 
 # At home in scikit-learn ------------------------------------------------------------------------
@@ -169,6 +204,25 @@ def test_shapes_mean_the_same(digits) -> None:
     assert quick(image_size=None).fit(images.reshape(40, 64)).model_.config.image_size == (8, 8)
 
 
+def test_tensors_and_lists_are_arrays(digits) -> None:
+    images = (digits[0][:40] * 15.9).astype(np.uint8)
+    detector = quick().fit(images)
+    expected = detector.score_samples(images)
+    tensor = torch.from_numpy(images)
+    for other in (tensor, list(tensor), list(images), tuple(images), tensor.reshape(40, 64)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            np.testing.assert_array_equal(detector.score_samples(other), expected)
+            np.testing.assert_array_equal(quick().fit(other).score_samples(other), expected)
+    values = images.astype(float)
+    detector = quick().fit(values)
+    weights = torch.from_numpy(values).requires_grad_()
+    for same in (values.tolist(), weights, weights.bfloat16()):  # Whole numbers to 256 are exact.
+        np.testing.assert_array_equal(detector.score_samples(same), detector.score_samples(values))
+    with pytest.raises(ValueError, match=r"X must be samples of one size, got .*; resize them"):
+        quick().fit([np.zeros((8, 8)), np.zeros((9, 9))])
+
+
 @pytest.mark.parametrize(
     ("features", "side"), [(1, 8), (20, 8), (63, 8), (65, 9), (80, 9), (82, 10), (300, 18)]
 )
@@ -220,6 +274,60 @@ def test_other_units_than_fitted_are_told(digits) -> None:
 
 
 @pytest.mark.parametrize(
+    ("scale", "unit", "told"),
+    [
+        (255 / 16, 1, "X must be 0 to 16, as when fitted, got 0 to 255; scale it"),
+        (1 / 16, 1, "X must be 0 to 16, as when fitted, got 0 to 1; scale it"),
+        (1 / 255, 16, r"X must be uint8 \(0 to 255\) or floating \(0 to 1\), .* got 0 to 0.0039"),
+    ],
+)
+def test_images_in_other_units_are_told(digits, scale, unit, told) -> None:
+    images = digits[0] / unit
+    for other in (images, images.reshape(140, -1)):
+        detector = quick(epochs=1).fit(other)
+        with pytest.warns(UserWarning, match=told):
+            detector.predict(other * scale)
+
+
+def test_features_in_other_units_are_told() -> None:
+    rows = np.random.default_rng(0).normal(size=(100, 5))
+    rows[:, 4] = 7
+    detector = quick(epochs=1).fit(rows)
+    for scale in (1000, [1, 1, 1000, 1, 1], 1e-3):
+        with pytest.warns(UserWarning, match=r"X must be -.* in feature \d, as when fitted, got -"):
+            detector.score_samples(rows[:10] * scale)
+    with pytest.warns(UserWarning, match="in feature 1, as when fitted"):
+        detector.score_samples(rows + np.array([0, 273, 0, 0, 0]))
+
+
+def test_ordinary_values_are_of_the_same_units(digits) -> None:
+    generator = np.random.default_rng(0)
+    heavy = generator.lognormal(sigma=2, size=(1000, 300))
+    clusters = generator.normal(size=(300, 4)) + np.arange(300)[:, None] // 100 * 100
+    sparse = (generator.random((200, 20)) < 0.05).astype(float)
+    images = digits[0]
+    blank, bright = np.zeros((3, 8, 8)), np.where(np.arange(64) == 9, 500, images.reshape(-1, 64))
+    cases = [
+        (heavy[:900], [heavy[900:], heavy[900:910], heavy[900:901]]),
+        (clusters, [clusters[100:120], clusters[280:], clusters[:3] * 50]),
+        # What is normal among outliers, and outliers among what is normal.
+        (np.r_[clusters[:90], clusters[:10] * 100], [clusters[:90]]),
+        (clusters[:100], [np.r_[clusters[:60], clusters[:50] * 1e4]]),
+        (sparse, [sparse[:10] * 0, sparse[:10] * 0 + 1]),
+        (images, [digits[1], images[:1], blank, np.r_[images, bright[:20].reshape(-1, 8, 8)]]),
+        (images / 160, [images / 16, blank, (images * 15).astype(np.uint8) // 15]),
+        (np.full((10, 8, 8), 7.0), [images]),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for fitted, others in cases:
+            rows, shape = flattened(fitted)
+            layout = Layout.learn(rows, shape, None)
+            for other in (fitted, *others):
+                layout.check_units(flattened(other)[0])
+
+
+@pytest.mark.parametrize(
     ("options", "shape", "message"),
     [
         ({}, (1, 8, 8), "minimum of 2 is required"),
@@ -261,3 +369,18 @@ def test_wrong_values(digits) -> None:
             detector.predict(broken)
     with pytest.raises(ValueError, match="float64 can tell apart"):
         quick().fit(np.array([[1e308, 0.0], [-1e308, 1.0]]))
+
+
+def test_a_failed_fit_changes_nothing(digits, monkeypatch) -> None:
+    images = digits[0][:20]
+    detector = quick().fit(images)
+    expected, attributes = detector.score_samples(images), dict(vars(detector))
+    with pytest.raises(ValueError, match="at least 8 x 8 pixels, got 4 x 4"):
+        detector.fit(np.zeros((10, 4, 4)))
+    with monkeypatch.context() as patch:
+        patch.setattr(Detector, "scores", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            detector.fit(np.random.default_rng(0).uniform(size=(10, 20)))
+    assert vars(detector) == attributes
+    np.testing.assert_array_equal(detector.score_samples(images), expected)
+    assert detector.fit(np.random.default_rng(0).uniform(size=(10, 20))).n_features_in_ == 20

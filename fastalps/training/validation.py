@@ -13,6 +13,7 @@ from fastalps.data import OneClassData
 from fastalps.errors import UserError
 from fastalps.inputs import unit_pixels
 from fastalps.models import ALPS, Scores
+from fastalps.seeds import seeded
 
 BATCH = 512
 # The kind that is fixed in advance where no anomaly may choose it.
@@ -22,9 +23,8 @@ FIXED_KIND = "average"
 def score_all(model: ALPS, images: Tensor) -> Scores:
     """The scores of uint8 or floating images (N, C, H, W), on the model's device, in batches."""
     device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        # A model perturbed by noise must score the same whatever was drawn before.
-        torch.manual_seed(0)
+    # A model perturbed by noise must score the same whatever was drawn before.
+    with seeded(0, device):
         parts = [model.score(unit_pixels(batch.to(device))) for batch in images.split(BATCH)]
     return Scores(*(torch.cat(kind) for kind in zip(*parts, strict=True)))
 
