@@ -10,6 +10,7 @@ import torch
 
 import fastalps
 from fastalps import TrainConfig, Trainer
+from fastalps.calibration import calibrate
 from fastalps.data import OneClassData
 from fastalps.models import ALPS
 from fastalps.training import batches, fit_stacked, stacked, validation
@@ -230,6 +231,15 @@ def test_models_own_their_memory_afterwards(tasks) -> None:
         for value in models[0].state_dict().values():
             value.zero_()
     assert all(torch.equal(before[n], v) for n, v in models[1].state_dict().items())
+
+
+def test_what_was_measured_on_the_old_weights_goes(tasks) -> None:
+    models = make_models()
+    for model, task in zip(models, tasks, strict=True):
+        model.calibration = calibrate(fastalps.Scorer(model), task.train, 0.1)
+        model.quantization = fastalps.quantize(model, task.train)
+    fit_stacked(make_trainers(epochs=1), models, tasks)
+    assert all(model.calibration is model.quantization is None for model in models)
 
 
 def test_a_stack_computes_each_model_and_shares_its_memory(rng) -> None:

@@ -10,6 +10,7 @@ import torch
 
 import fastalps
 from fastalps import TrainConfig, Trainer
+from fastalps.calibration import calibrate
 from fastalps.data import OneClassData
 from fastalps.errors import UserError
 from fastalps.models import ALPS
@@ -244,6 +245,18 @@ def test_selection_keeps_the_best_epoch(task) -> None:
         if name.startswith("validation_auroc")
     )
     assert fit(task, select="last").best_epoch == 4
+
+
+def test_what_was_measured_on_the_old_weights_goes(task, tmp_path) -> None:
+    model = fit(task, tmp_path, epochs=1).model
+    for resume in (False, True):
+        model.calibration = calibrate(fastalps.Scorer(model), task.train, 0.1)
+        model.quantization = fastalps.quantize(model, task.train)
+        with pytest.raises(UserError, match="trained on other images"):
+            fit(task.train[1:], tmp_path, model, resume=True)
+        assert model.calibration is not None and model.quantization is not None
+        fit(task, tmp_path if resume else None, model, resume=resume, epochs=2)
+        assert model.calibration is None and model.quantization is None
 
 
 def test_strict_never_looks_at_anomalies(task) -> None:

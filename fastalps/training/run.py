@@ -115,7 +115,9 @@ class Run:
         if resume:
             path = self._path(CHECKPOINT)
             self.state = load_run(path, self.steps, self.average, config, self.data)
-        elif run_dir is not None:
+        # They are of the weights that training replaces.
+        model.calibration = model.quantization = None
+        if run_dir is not None and not resume:
             self._save()
 
     @property

@@ -53,6 +53,8 @@ def fit_stacked(
 ) -> list[FitResult]:
     """What ``trainer.fit(model, data, resume)`` gives for each of them, trained together.
 
+    As there, the models' `calibration` and `quantization` are None as soon as training begins.
+
     Args:
         trainers: one for each model; their options may differ in the seed only.
         models: of one configuration.

@@ -62,6 +62,9 @@ class Trainer:
     def fit(self, model: ALPS, data: OneClassData | Tensor, resume: bool = False) -> FitResult:
         """Trains `model` in place.
 
+        Its threshold and the record of its int8 weights, `calibration` and `quantization`, are of
+        the old weights: both are None as soon as training begins.
+
         Args:
             model: moved to the device of the configuration.
             data: a one-class task, or just normal images: uint8 (0 to 255) or floating (0 to 1),
