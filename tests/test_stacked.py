@@ -286,6 +286,17 @@ def test_an_idle_model_does_not_move(rng) -> None:
         assert same == (set(old) if k == 1 else set())
 
 
+def test_no_run_of_a_stack_is_overwritten(tasks, tmp_path) -> None:
+    trainers = make_trainers(tmp_path, epochs=1)
+    trainers[1].fit(make_models()[1], tasks[1])
+    before = (tmp_path / "1" / CHECKPOINT).read_bytes()
+    with pytest.raises(fastalps.UserError, match="1 already holds a run"):
+        fit_stacked(trainers, make_models(), tasks)
+    assert (tmp_path / "1" / CHECKPOINT).read_bytes() == before
+    # Nor has any other run of the stack begun.
+    assert not list((tmp_path / "0").iterdir()) + list((tmp_path / "2").iterdir())
+
+
 def test_divergence_names_the_model(tasks, tmp_path) -> None:
     broken = make_models(batch_norm=False)
     with torch.no_grad():

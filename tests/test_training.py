@@ -395,6 +395,14 @@ def test_divergence_ends_with_the_epoch_and_keeps_the_run(task, tmp_path) -> Non
     assert (tmp_path / CHECKPOINT).is_file()
 
 
+def test_a_run_is_never_overwritten(task, tmp_path) -> None:
+    fit(task, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="already holds a run .*resume=True, or give another"):
+        fit(task, tmp_path, small_model(1))
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
 def test_resume_needs_its_run(task, tmp_path) -> None:
     with pytest.raises(ValueError, match="needs the run_dir"):
         fit(task, resume=True)

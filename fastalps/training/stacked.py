@@ -74,7 +74,10 @@ def fit_stacked(
     """
     resume = [False] * len(models) if resume is None else resume
     config = _check(trainers, models, data, resume)
-    prepared = [t.prepare(m, d) for t, m, d in zip(trainers, models, data, strict=True)]
+    prepared = [
+        trainer.prepare(model, images, again)
+        for trainer, model, images, again in zip(trainers, models, data, resume, strict=True)
+    ]
     _check_images([images for images, _ in prepared], config.batch_size)
     with deterministic(config.deterministic):
         network = stack(models)

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from fastalps import distributed
 from fastalps.data import OneClassData
 from fastalps.environment import find_device, has_fast_bfloat16
+from fastalps.errors import UserError
 from fastalps.files import make_folder
 from fastalps.inputs import by, check_pixels
 from fastalps.models import ALPS
@@ -78,12 +80,12 @@ class Trainer:
             ValueError: no images, images that do not fit the model, options that do not fit device
                 or data.
             TypeError: wrong kinds.
-            UserError: a checkpoint that does not fit, a folder that cannot be written, training
-                that diverged.
+            UserError: `run_dir` holds a checkpoint and `resume` is False, a checkpoint that does
+                not fit, a folder that cannot be written, training that diverged.
         """
         if resume and self.run_dir is None:
             raise ValueError("resume: needs the run_dir of the run to go on with, got none")
-        images, validator = self.prepare(model, data)
+        images, validator = self.prepare(model, data, resume)
         distributed.broadcast(model)
         with deterministic(self.config.deterministic), distributed.synchronised(model):
             run = Run(self.config, self.run_dir, self.loggers, model, images, validator, resume)
@@ -96,16 +98,23 @@ class Trainer:
                     progress.tell(row, run.done)
             return run.result()
 
-    def prepare(self, model: ALPS, data: OneClassData | Tensor) -> tuple[Tensor, Validator]:
+    def prepare(
+        self, model: ALPS, data: OneClassData | Tensor, resume: bool = False
+    ) -> tuple[Tensor, Validator]:
         """Checks what `fit` was given and brings the model to its device, in training mode.
 
         Returns:
             the training images, and what validates the model on the others.
+
+        Raises:
+            as `fit`, before anything is written.
         """
         config = self.config
         images = data.train if isinstance(data, OneClassData) else data
         check_images(images, model, config)
         device = choose_device(config)
+        if self.run_dir is not None and not resume:
+            check_unused(self.run_dir, device)
         task = data if isinstance(data, OneClassData) else None
         selection = config.selection()
         if task is None and config.select == "auto":
@@ -175,6 +184,17 @@ def choose_device(config: TrainConfig) -> torch.device:
     if config.amp == "bf16" and not has_fast_bfloat16(device):
         logger.warning("amp: this CPU has no bfloat16 instructions; bf16 is slower than off here")
     return device
+
+
+def check_unused(run_dir: Path, device: torch.device) -> None:
+    """Raises UserError, in all processes, when any of them finds a checkpoint in the folder."""
+    found = torch.tensor(float((run_dir / CHECKPOINT).exists()), device=device)
+    # No process goes on, and writes one, before all have looked.
+    if distributed.average(found):
+        raise UserError(
+            f"{run_dir} already holds a run ({CHECKPOINT}); go on with it by resume=True, or give "
+            "another run_dir"
+        )
 
 
 def check_images(images: object, model: ALPS, config: TrainConfig) -> None:
