@@ -227,6 +227,14 @@ def test_history_file(task, tmp_path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT, HISTORY]
 
 
+def test_resume_gives_back_the_history_file(task, tmp_path) -> None:
+    fit(task, tmp_path)
+    before = (tmp_path / HISTORY).read_bytes()
+    (tmp_path / HISTORY).unlink()
+    fit(task, tmp_path, resume=True)
+    assert (tmp_path / HISTORY).read_bytes() == before
+
+
 def test_selection_keeps_the_best_epoch(task) -> None:
     loss = fit(task, protocol="strict", epochs=6, learning_rate=0.05)
     errors = [row["validation_average"] for row in loss.history]

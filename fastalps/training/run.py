@@ -117,7 +117,10 @@ class Run:
             self.state = load_run(path, self.steps, self.average, config, self.data)
         # They are of the weights that training replaces.
         model.calibration = model.quantization = None
-        if run_dir is not None and not resume:
+        if resume:
+            # It may be missing, or an epoch behind: it is written after the checkpoint.
+            self._write_history()
+        elif run_dir is not None:
             self._save()
 
     @property
@@ -202,12 +205,17 @@ class Run:
     def _save(self) -> None:
         if distributed.rank():
             return
-        state = self.state
-        save_run(self._path(CHECKPOINT), state, self.steps, self.average, self.config, self.data)
+        path = self._path(CHECKPOINT)
+        save_run(path, self.state, self.steps, self.average, self.config, self.data)
+        self._write_history()
+
+    def _write_history(self) -> None:
+        if distributed.rank():
+            return
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(state.history)
+        writer.writerows(self.state.history)
         write_text(self._path(HISTORY), text.getvalue())
 
 
