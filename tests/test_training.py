@@ -18,6 +18,7 @@ from fastalps.training.batches import Batches
 from fastalps.training.run_state import Average
 from fastalps.training.steps import Steps
 from fastalps.training.trainer import CHECKPOINT, HISTORY
+from fastalps.training.validation import Validator
 from tests.commands import rows_of
 from tests.conftest import needs_cuda
 from tests.tasks import stripes, task_of, weights, without_speed
@@ -283,6 +284,42 @@ def test_patience_stops(task) -> None:
     assert len(result.history) == result.best_epoch + 2
 
 
+@pytest.fixture
+def best_fourth(monkeypatch) -> None:
+    """Validation errors by which the first epoch is the best until the fourth comes."""
+    update = Validator.update
+
+    def by_number(self, best, epoch, row):
+        row["validation_average"] = {1: 0.5, 4: 0.25}.get(epoch, 1.0)
+        return update(self, best, epoch, row)
+
+    monkeypatch.setattr(Validator, "update", by_number)
+
+
+@pytest.mark.usefixtures("best_fourth")
+def test_other_patience_goes_on(task, tmp_path) -> None:
+    options = {"protocol": "strict", "epochs": 20}
+    assert len(fit(task, tmp_path, patience=1, **options).history) == 2
+    for patience, epochs in ((4, 8), (6, 10)):
+        resumed = fit(task, tmp_path, small_model(1), True, patience=patience, **options)
+        whole = fit(task, patience=patience, **options)
+        assert len(whole.history) == epochs and whole.best_epoch == 4
+        assert without_speed(resumed.history) == without_speed(whole.history)
+        assert not changed(weights(whole.model), resumed.model)
+
+
+@pytest.mark.usefixtures("best_fourth")
+def test_nothing_left_to_train_is_told(task, tmp_path, caplog) -> None:
+    done = fit(task, tmp_path, protocol="strict", epochs=3)
+    assert not caplog.messages
+    for options in ({"epochs": 3}, {"epochs": 20, "patience": 2}):
+        again = fit(task, tmp_path, small_model(1), resume=True, protocol="strict", **options)
+        assert not changed(weights(done.model), again.model) and len(again.history) == 3
+    first, second = caplog.messages
+    assert "nothing is left to train: 3 epochs are done; raise epochs to go on" in first
+    assert "epoch 1 of 3 is the best, with patience 2; raise patience to go on" in second
+
+
 def test_validation_between_epochs(task) -> None:
     result = fit(task, epochs=5, validate_every=3)
     assert ["validation_normal" in row for row in result.history] == [
@@ -406,7 +443,7 @@ def test_divergence_ends_with_the_epoch_and_keeps_the_run(task, tmp_path) -> Non
 def test_a_run_is_never_overwritten(task, tmp_path) -> None:
     fit(task, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(UserError, match="already holds a run .*resume=True, or give another"):
+    with pytest.raises(UserError, match=r"already holds a run .*resume=True, or give another"):
         fit(task, tmp_path, small_model(1))
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
