@@ -13,7 +13,7 @@ from fastalps import TrainConfig, Trainer
 from fastalps.calibration import calibrate
 from fastalps.data import OneClassData
 from fastalps.models import ALPS
-from fastalps.training import batches, fit_stacked, stacked, validation
+from fastalps.training import batches, fit_stacked, stacked, trainer, validation
 from fastalps.training.grouped import stack, unstack
 from fastalps.training.run import CHECKPOINT
 from fastalps.training.steps import Steps
@@ -48,11 +48,12 @@ def tasks(rng) -> list[OneClassData]:
 
 @pytest.fixture
 def in_float64(monkeypatch) -> None:
-    """Batches in double precision: what differs in more than rounding then shows."""
+    """Batches, and models, in double precision: what differs in more than rounding then shows."""
 
     def unit_pixels(images):
         return images.double() / (255 if images.dtype == torch.uint8 else 1)
 
+    monkeypatch.setattr(trainer, "check_model", lambda *_: None)
     monkeypatch.setattr(batches, "unit_pixels", unit_pixels)
     monkeypatch.setattr(validation, "unit_pixels", unit_pixels)
 
@@ -284,6 +285,24 @@ def test_an_idle_model_does_not_move(rng) -> None:
     for k, old in enumerate(before):
         same = {name for name, value in state(k).items() if torch.equal(value, old[name])}
         assert same == (set(old) if k == 1 else set())
+
+
+def test_double_models_are_refused(tasks) -> None:
+    models = make_models()
+    models[1].double()
+    with pytest.raises(TypeError, match=r"expected float32 weights, got torch\.float64"):
+        fit_stacked(make_trainers(), models, tasks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_torchs_default_dtype_changes_nothing(tasks, dtype) -> None:
+    expected = fit_stacked(make_trainers(), make_models(), tasks)
+    torch.set_default_dtype(dtype)
+    try:
+        found = fit_stacked(make_trainers(), make_models(), tasks)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    compare(found, expected, 0)
 
 
 def test_no_run_of_a_stack_is_overwritten(tasks, tmp_path) -> None:

@@ -345,6 +345,26 @@ def test_just_images(task) -> None:
         assert math.isfinite(result.history[-1]["normal_error"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("perturbation", ["adversarial", "noise"])
+def test_torchs_default_dtype_changes_nothing(task, dtype, perturbation) -> None:
+    expected = fit(task, model=small_model(perturbation=perturbation), average_decay=0.9)
+    torch.set_default_dtype(dtype)
+    try:
+        found = fit(task, model=small_model(perturbation=perturbation), average_decay=0.9)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert without_speed(found.history) == without_speed(expected.history)
+    assert not changed(weights(found.model), expected.model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_that_are_not_float32(task, dtype) -> None:
+    message = rf"expected float32 weights, got {dtype} .*model\.float\(\)"
+    with pytest.raises(TypeError, match=message):
+        fit(task, model=small_model().to(dtype))
+
+
 def test_gray_levels_that_are_no_bytes_are_warned_of(rng) -> None:
     with pytest.warns(UserWarning, match=r"expected in \[0, 1\], got .*divide them by 255"):
         Trainer(SHORT, progress=False).prepare(small_model(), stripes(20, True, rng).float())
@@ -379,7 +399,14 @@ def test_batches_of_one_where_batch_norm_needs_more(rng) -> None:
     trainer.fit(ALPS(17, 1, "fast", latent=4), torch.rand(4, 1, 17, 17))
 
 
-@pytest.mark.parametrize("images", [[1, 2], torch.zeros(4, 1, 8, 8, dtype=torch.int64)])
+@pytest.mark.parametrize(
+    "images",
+    [
+        [1, 2],
+        torch.zeros(4, 1, 8, 8, dtype=torch.int64),
+        torch.zeros(4, 1, 8, 8).to(torch.float8_e4m3fn),
+    ],
+)
 def test_wrong_kinds(images) -> None:
     with pytest.raises(TypeError, match="data: expected"):
         fit(images)

@@ -18,7 +18,7 @@ from fastalps.data import OneClassData
 from fastalps.environment import find_device, has_fast_bfloat16
 from fastalps.errors import UserError
 from fastalps.files import make_folder
-from fastalps.inputs import by, check_pixels
+from fastalps.inputs import PIXEL_DTYPES, by, check_pixels
 from fastalps.models import ALPS
 from fastalps.training.config import TrainConfig
 from fastalps.training.run import CHECKPOINT, HISTORY, FitResult, Progress, Run
@@ -79,7 +79,7 @@ class Trainer:
         Raises:
             ValueError: no images, images that do not fit the model, options that do not fit device
                 or data.
-            TypeError: wrong kinds.
+            TypeError: wrong kinds, weights that are not float32.
             UserError: `run_dir` holds a checkpoint and `resume` is False, a checkpoint that does
                 not fit, a folder that cannot be written, training that diverged.
         """
@@ -110,6 +110,7 @@ class Trainer:
             as `fit`, before anything is written.
         """
         config = self.config
+        check_model(model)
         images = data.train if isinstance(data, OneClassData) else data
         check_images(images, model, config)
         device = choose_device(config)
@@ -128,8 +129,7 @@ class Trainer:
 
     def _epoch(self, epoch: int, run: Run, players: Players, progress: Progress) -> dict[str, Any]:
         adversary = run.begin_epoch(epoch)
-        errors = torch.zeros(2, device=run.steps.device)
-        contest = torch.zeros(2, device=run.steps.device)
+        errors, contest = torch.zeros(2, 2, dtype=torch.float32, device=run.steps.device)
         start = time.perf_counter()
         for batch in run.batches.epoch(self.config.seed, epoch):
             errors += players.autoencoder(batch)
@@ -197,13 +197,24 @@ def check_unused(run_dir: Path, device: torch.device) -> None:
         )
 
 
+def check_model(model: ALPS) -> None:
+    """Raises TypeError for weights that are not float32."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and value.dtype != torch.float32:
+            raise TypeError(
+                f"model: expected float32 weights, got {value.dtype} ({name}); call model.float(), "
+                "and set amp for mixed precision"
+            )
+
+
 def check_images(images: object, model: ALPS, config: TrainConfig) -> None:
     """Raises ValueError or TypeError for images that this model cannot be trained on so."""
     if not isinstance(images, Tensor):
         raise TypeError(f"data: expected OneClassData or a tensor, got {type(images).__name__}")
-    if images.dtype != torch.uint8 and not images.is_floating_point():
+    if images.dtype not in PIXEL_DTYPES:
         raise TypeError(
-            f"data: expected uint8 (0 to 255) or floating (0 to 1) images, got {images.dtype}"
+            f"data: expected uint8 (0 to 255) or floating (0 to 1) images, got {images.dtype}; "
+            "convert them"
         )
     shape = (model.config.channels, *model.config.image_size)
     if images.dim() != 4 or tuple(images.shape[1:]) != shape:
