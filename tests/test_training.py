@@ -365,6 +365,23 @@ def test_weights_that_are_not_float32(task, dtype) -> None:
         fit(task, model=small_model().to(dtype))
 
 
+def test_images_with_a_graph_of_their_own(task, tmp_path) -> None:
+    images = (task.train / 255).requires_grad_()
+    found = fit(images * 1, tmp_path)
+    assert not changed(weights(fit(task.train).model), found.model)
+    assert images.grad is None
+
+
+def test_frozen_weights(task) -> None:
+    model = small_model().requires_grad_(False)
+    with pytest.raises(ValueError, match=r"got a frozen autoencoder; call model\.requires_grad_"):
+        fit(task, model=model)
+    model.encoder.requires_grad_(True)
+    with pytest.raises(ValueError, match="got a frozen distorter"):
+        fit(task, model=model)
+    fit(task, model=model, distorter_every=5)
+
+
 def test_gray_levels_that_are_no_bytes_are_warned_of(rng) -> None:
     with pytest.warns(UserWarning, match=r"expected in \[0, 1\], got .*divide them by 255"):
         Trainer(SHORT, progress=False).prepare(small_model(), stripes(20, True, rng).float())

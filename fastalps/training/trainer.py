@@ -77,8 +77,8 @@ class Trainer:
             `FitResult`; the model has the kept weights and is in eval mode.
 
         Raises:
-            ValueError: no images, images that do not fit the model, options that do not fit device
-                or data.
+            ValueError: no images, images that do not fit the model, a frozen model, options that
+                do not fit device or data.
             TypeError: wrong kinds, weights that are not float32.
             UserError: `run_dir` holds a checkpoint and `resume` is False, a checkpoint that does
                 not fit, a folder that cannot be written, training that diverged.
@@ -110,7 +110,7 @@ class Trainer:
             as `fit`, before anything is written.
         """
         config = self.config
-        check_model(model)
+        check_model(model, config)
         images = data.train if isinstance(data, OneClassData) else data
         check_images(images, model, config)
         device = choose_device(config)
@@ -197,13 +197,23 @@ def check_unused(run_dir: Path, device: torch.device) -> None:
         )
 
 
-def check_model(model: ALPS) -> None:
-    """Raises TypeError for weights that are not float32."""
+def check_model(model: ALPS, config: TrainConfig) -> None:
+    """Raises TypeError for weights that are not float32, ValueError for a player whose weights are
+    all frozen."""
     for name, value in model.state_dict().items():
         if value.is_floating_point() and value.dtype != torch.float32:
             raise TypeError(
                 f"model: expected float32 weights, got {value.dtype} ({name}); call model.float(), "
                 "and set amp for mixed precision"
+            )
+    players = {"autoencoder": [*model.encoder.parameters(), *model.decoder.parameters()]}
+    if model.distorter is not None and config.distorter_every <= config.epochs:
+        players["distorter"] = list(model.distorter.parameters())
+    for player, weights in players.items():
+        if not any(weight.requires_grad for weight in weights):
+            raise ValueError(
+                f"model: expected weights to train, got a frozen {player}; call "
+                "model.requires_grad_(True)"
             )
 
 
