@@ -35,6 +35,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 PERTURBATIONS = ("adversarial", "noise", "none")
 BOUNDS = ("none", "tanh", "norm")
 SMALLEST_IMAGE = 8
+# Of weights and noise, whatever torch's default is.
+FLOAT32: dict[str, Any] = {"dtype": torch.float32}
 
 
 class ALPSOutput(NamedTuple):
@@ -209,7 +211,7 @@ def _description(module: nn.Module) -> tuple[Any, ...]:
 def _hidden(layer: nn.Module, channels: int, config: ModelConfig) -> Iterator[nn.Module]:
     yield layer
     if config.batch_norm:
-        yield nn.BatchNorm2d(channels)
+        yield nn.BatchNorm2d(channels, **FLOAT32)
     yield nn.LeakyReLU(config.negative_slope)
 
 
@@ -222,10 +224,10 @@ class Encoder(nn.Module):
         before = config.channels
         for width in widths:
             # Batch norm has its own shift, so a bias before it would do nothing.
-            convolution = nn.Conv2d(before, width, 3, 2, 1, bias=not config.batch_norm)
+            convolution = nn.Conv2d(before, width, 3, 2, 1, bias=not config.batch_norm, **FLOAT32)
             layers += _hidden(convolution, width, config)
             before = width
-        layers.append(nn.Conv2d(before, config.latent, 3, 2, 1))
+        layers.append(nn.Conv2d(before, config.latent, 3, 2, 1, **FLOAT32))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -244,22 +246,22 @@ class Decoder(nn.Module):
         sizes = config.map_sizes()[::-1]
         start, *widths, last = config.decoder
         self.start = (start, *sizes[0])
-        self.dense = nn.Linear(config.latent, start * sizes[0][0] * sizes[0][1])
+        self.dense = nn.Linear(config.latent, start * sizes[0][0] * sizes[0][1], **FLOAT32)
         layers: list[nn.Module] = [nn.LeakyReLU(config.negative_slope)]
         if config.batch_norm:
-            layers.insert(0, nn.BatchNorm2d(start))
+            layers.insert(0, nn.BatchNorm2d(start, **FLOAT32))
         before = start
         for width, small, large in zip(widths, sizes, sizes[1:], strict=False):
             # A stride-2 layer gives 2 * size - 1 + output_padding.
             padding = (large[0] - 2 * small[0] + 1, large[1] - 2 * small[1] + 1)
             layer = nn.ConvTranspose2d(
-                before, width, 3, 2, 1, output_padding=padding, bias=not config.batch_norm
+                before, width, 3, 2, 1, padding, bias=not config.batch_norm, **FLOAT32
             )
             layers += _hidden(layer, width, config)
             before = width
-        layer = nn.ConvTranspose2d(before, last, 3, 1, 1, bias=not config.batch_norm)
+        layer = nn.ConvTranspose2d(before, last, 3, 1, 1, bias=not config.batch_norm, **FLOAT32)
         layers += _hidden(layer, last, config)
-        layers.append(nn.ConvTranspose2d(last, config.channels, 3, 1, 1))
+        layers.append(nn.ConvTranspose2d(last, config.channels, 3, 1, 1, **FLOAT32))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, latent: Tensor) -> Tensor:
@@ -296,6 +298,8 @@ class ALPS(nn.Module):
         channels: of the images.
         preset: "paper", "fast" or "network-b".
         **overrides: fields of `ModelConfig`, such as ``latent=32`` or ``perturbation="noise"``.
+
+    Its weights are float32, whatever torch's default dtype is.
 
     Raises:
         ValueError: unknown preset or a value out of its range.
@@ -343,7 +347,7 @@ class ALPS(nn.Module):
             return self.distorter(images)
         shape = (images.shape[0], self.config.latent)
         if self.config.perturbation == "noise":
-            noise = torch.randn(shape, generator=generator, device=images.device)
+            noise = torch.randn(shape, generator=generator, device=images.device, **FLOAT32)
             return noise.to(images.dtype)
         return images.new_zeros(shape)
 

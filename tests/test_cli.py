@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from PIL import Image
 
 import fastalps
 from fastalps import metrics
-from fastalps.cli import command, demo, export, score, train
+from fastalps.cli import command, demo, export, run_folder, score, train
 from fastalps.training.trainer import CHECKPOINT
 from tests.commands import error_of, rows_of
 from tests.images import bytes_of, save
@@ -92,6 +93,53 @@ def test_a_run_that_failed_before_its_first_checkpoint_starts_again(run, tmp_pat
     assert "leave --resume out" in error_of(capsys)
     assert train.main([*DIGITS, "--out", str(folder)]) == 0
     assert (folder / "scores.csv").read_text() == (run / "scores.csv").read_text()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no flock")
+def test_a_run_in_use_is_left_alone(run, tmp_path, capsys) -> None:
+    folder = tmp_path / "used"
+    shutil.copytree(run, folder)
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with run_folder.locked(folder):
+        assert train.main(["--resume", "--out", str(folder), "--epochs", "4"]) == 2
+        assert f"{folder} is in use by another process" in error_of(capsys)
+    after = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert after == before
+    with run_folder.locked(tmp_path / "new"):
+        assert train.main([*DIGITS, "--out", str(tmp_path / "new")]) == 2
+        assert "is in use by another process" in error_of(capsys)
+    assert not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no flock")
+def test_of_two_runs_started_together_one_goes_on(run, tmp_path) -> None:
+    folder = tmp_path / "one"
+    command = [sys.executable, "-m", "fastalps.cli.train", *DIGITS, "--out", str(folder)]
+    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=120)[1] for process in runs]
+    assert sorted(process.returncode for process in runs) == [0, 2]
+    (error,) = [line for text in said for line in text.splitlines() if ": error: " in line]
+    assert "is in use by another process" in error or "already holds a run" in error
+    assert (folder / "scores.csv").read_text() == (run / "scores.csv").read_text()
+
+
+def test_a_run_that_came_meanwhile_is_not_overwritten(run, tmp_path, capsys, monkeypatch) -> None:
+    load = train._load
+
+    def slow(*options):
+        (tmp_path / CHECKPOINT).write_bytes((run / CHECKPOINT).read_bytes())
+        return load(*options)
+
+    monkeypatch.setattr(train, "_load", slow)
+    assert train.main([*DIGITS, "--out", str(tmp_path)]) == 2
+    assert "already holds a run" in error_of(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
+
+
+def test_a_lock_that_a_crash_left_is_none(tmp_path) -> None:
+    (tmp_path / ".lock").touch()
+    assert train.main([*DIGITS, "--epochs", "1", "--out", str(tmp_path)]) == 0
+    assert not (tmp_path / ".lock").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
@@ -224,11 +272,14 @@ def test_demo(tmp_path, capsys, monkeypatch) -> None:
         train.train([*arguments, "--epochs", "2"])
 
     monkeypatch.setattr(demo, "train", brief)
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / ".lock").touch()  # Of a crash before the first checkpoint.
     monkeypatch.setattr(demo, "SCORED_IMAGES", 400)
     for _ in range(2):
         assert demo.main(["--out", str(tmp_path / "demo")]) == 0
     assert "AUROC" in capsys.readouterr().out
     assert (tmp_path / "demo-2" / "figures" / "roc.png").exists()
+    assert not (tmp_path / "demo-3").exists()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastalps import distributed
+from fastalps.cli import run_folder
 from fastalps.errors import UserError
 from tests import distributed_run
 from tests.commands import rows_of, run_in
@@ -64,6 +65,10 @@ def test_the_command_under_torchrun(tmp_path) -> None:
     odd = run_in(2, *command, "--batch-size", "3", "--out", str(tmp_path / "odd"))
     assert odd.returncode != 0
     assert "batch_size: 3 images do not divide among 2 processes" in odd.stderr
+    with run_folder.locked(tmp_path / "used"):
+        used = run_in(2, *command, "--out", str(tmp_path / "used"))
+    assert used.returncode != 0 and used.stderr.count(": error: ") == 1
+    assert "is in use by another process" in used.stderr
 
 
 def test_shares_cover_everything_once(monkeypatch) -> None:

@@ -10,9 +10,10 @@ import torch
 
 import fastalps
 from fastalps import TrainConfig, Trainer
+from fastalps.calibration import calibrate
 from fastalps.data import OneClassData
 from fastalps.models import ALPS
-from fastalps.training import batches, fit_stacked, stacked, validation
+from fastalps.training import batches, fit_stacked, stacked, trainer, validation
 from fastalps.training.grouped import stack, unstack
 from fastalps.training.run import CHECKPOINT
 from fastalps.training.steps import Steps
@@ -47,11 +48,12 @@ def tasks(rng) -> list[OneClassData]:
 
 @pytest.fixture
 def in_float64(monkeypatch) -> None:
-    """Batches in double precision: what differs in more than rounding then shows."""
+    """Batches, and models, in double precision: what differs in more than rounding then shows."""
 
     def unit_pixels(images):
         return images.double() / (255 if images.dtype == torch.uint8 else 1)
 
+    monkeypatch.setattr(trainer, "check_model", lambda *_: None)
     monkeypatch.setattr(batches, "unit_pixels", unit_pixels)
     monkeypatch.setattr(validation, "unit_pixels", unit_pixels)
 
@@ -232,6 +234,15 @@ def test_models_own_their_memory_afterwards(tasks) -> None:
     assert all(torch.equal(before[n], v) for n, v in models[1].state_dict().items())
 
 
+def test_what_was_measured_on_the_old_weights_goes(tasks) -> None:
+    models = make_models()
+    for model, task in zip(models, tasks, strict=True):
+        model.calibration = calibrate(fastalps.Scorer(model), task.train, 0.1)
+        model.quantization = fastalps.quantize(model, task.train)
+    fit_stacked(make_trainers(epochs=1), models, tasks)
+    assert all(model.calibration is model.quantization is None for model in models)
+
+
 def test_a_stack_computes_each_model_and_shares_its_memory(rng) -> None:
     models = make_models()
     images = torch.rand(5, 3, 1, 8, 8, generator=rng)
@@ -274,6 +285,35 @@ def test_an_idle_model_does_not_move(rng) -> None:
     for k, old in enumerate(before):
         same = {name for name, value in state(k).items() if torch.equal(value, old[name])}
         assert same == (set(old) if k == 1 else set())
+
+
+def test_double_models_are_refused(tasks) -> None:
+    models = make_models()
+    models[1].double()
+    with pytest.raises(TypeError, match=r"expected float32 weights, got torch\.float64"):
+        fit_stacked(make_trainers(), models, tasks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_torchs_default_dtype_changes_nothing(tasks, dtype) -> None:
+    expected = fit_stacked(make_trainers(), make_models(), tasks)
+    torch.set_default_dtype(dtype)
+    try:
+        found = fit_stacked(make_trainers(), make_models(), tasks)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    compare(found, expected, 0)
+
+
+def test_no_run_of_a_stack_is_overwritten(tasks, tmp_path) -> None:
+    trainers = make_trainers(tmp_path, epochs=1)
+    trainers[1].fit(make_models()[1], tasks[1])
+    before = (tmp_path / "1" / CHECKPOINT).read_bytes()
+    with pytest.raises(fastalps.UserError, match="1 already holds a run"):
+        fit_stacked(trainers, make_models(), tasks)
+    assert (tmp_path / "1" / CHECKPOINT).read_bytes() == before
+    # Nor has any other run of the stack begun.
+    assert not list((tmp_path / "0").iterdir()) + list((tmp_path / "2").iterdir())
 
 
 def test_divergence_names_the_model(tasks, tmp_path) -> None:

@@ -10,6 +10,7 @@ import torch
 
 import fastalps
 from fastalps import TrainConfig, Trainer
+from fastalps.calibration import calibrate
 from fastalps.data import OneClassData
 from fastalps.errors import UserError
 from fastalps.models import ALPS
@@ -17,6 +18,7 @@ from fastalps.training.batches import Batches
 from fastalps.training.run_state import Average
 from fastalps.training.steps import Steps
 from fastalps.training.trainer import CHECKPOINT, HISTORY
+from fastalps.training.validation import Validator
 from tests.commands import rows_of
 from tests.conftest import needs_cuda
 from tests.tasks import stripes, task_of, weights, without_speed
@@ -226,6 +228,14 @@ def test_history_file(task, tmp_path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT, HISTORY]
 
 
+def test_resume_gives_back_the_history_file(task, tmp_path) -> None:
+    fit(task, tmp_path)
+    before = (tmp_path / HISTORY).read_bytes()
+    (tmp_path / HISTORY).unlink()
+    fit(task, tmp_path, resume=True)
+    assert (tmp_path / HISTORY).read_bytes() == before
+
+
 def test_selection_keeps_the_best_epoch(task) -> None:
     loss = fit(task, protocol="strict", epochs=6, learning_rate=0.05)
     errors = [row["validation_average"] for row in loss.history]
@@ -246,6 +256,18 @@ def test_selection_keeps_the_best_epoch(task) -> None:
     assert fit(task, select="last").best_epoch == 4
 
 
+def test_what_was_measured_on_the_old_weights_goes(task, tmp_path) -> None:
+    model = fit(task, tmp_path, epochs=1).model
+    for resume in (False, True):
+        model.calibration = calibrate(fastalps.Scorer(model), task.train, 0.1)
+        model.quantization = fastalps.quantize(model, task.train)
+        with pytest.raises(UserError, match="trained on other images"):
+            fit(task.train[1:], tmp_path, model, resume=True)
+        assert model.calibration is not None and model.quantization is not None
+        fit(task, tmp_path if resume else None, model, resume=resume, epochs=2)
+        assert model.calibration is None and model.quantization is None
+
+
 def test_strict_never_looks_at_anomalies(task) -> None:
     inverted = dataclasses.replace(
         task, validation=torch.where(task.validation_labels.view(-1, 1, 1, 1), 0, task.validation)
@@ -260,6 +282,42 @@ def test_patience_stops(task) -> None:
     result = fit(task, protocol="strict", epochs=60, patience=2, learning_rate=0.1)
     assert len(result.history) < 60
     assert len(result.history) == result.best_epoch + 2
+
+
+@pytest.fixture
+def best_fourth(monkeypatch) -> None:
+    """Validation errors by which the first epoch is the best until the fourth comes."""
+    update = Validator.update
+
+    def by_number(self, best, epoch, row):
+        row["validation_average"] = {1: 0.5, 4: 0.25}.get(epoch, 1.0)
+        return update(self, best, epoch, row)
+
+    monkeypatch.setattr(Validator, "update", by_number)
+
+
+@pytest.mark.usefixtures("best_fourth")
+def test_other_patience_goes_on(task, tmp_path) -> None:
+    options = {"protocol": "strict", "epochs": 20}
+    assert len(fit(task, tmp_path, patience=1, **options).history) == 2
+    for patience, epochs in ((4, 8), (6, 10)):
+        resumed = fit(task, tmp_path, small_model(1), True, patience=patience, **options)
+        whole = fit(task, patience=patience, **options)
+        assert len(whole.history) == epochs and whole.best_epoch == 4
+        assert without_speed(resumed.history) == without_speed(whole.history)
+        assert not changed(weights(whole.model), resumed.model)
+
+
+@pytest.mark.usefixtures("best_fourth")
+def test_nothing_left_to_train_is_told(task, tmp_path, caplog) -> None:
+    done = fit(task, tmp_path, protocol="strict", epochs=3)
+    assert not caplog.messages
+    for options in ({"epochs": 3}, {"epochs": 20, "patience": 2}):
+        again = fit(task, tmp_path, small_model(1), resume=True, protocol="strict", **options)
+        assert not changed(weights(done.model), again.model) and len(again.history) == 3
+    first, second = caplog.messages
+    assert "nothing is left to train: 3 epochs are done; raise epochs to go on" in first
+    assert "epoch 1 of 3 is the best, with patience 2; raise patience to go on" in second
 
 
 def test_validation_between_epochs(task) -> None:
@@ -285,6 +343,43 @@ def test_just_images(task) -> None:
         assert result.selection == "last"
         assert result.best_epoch == 4
         assert math.isfinite(result.history[-1]["normal_error"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("perturbation", ["adversarial", "noise"])
+def test_torchs_default_dtype_changes_nothing(task, dtype, perturbation) -> None:
+    expected = fit(task, model=small_model(perturbation=perturbation), average_decay=0.9)
+    torch.set_default_dtype(dtype)
+    try:
+        found = fit(task, model=small_model(perturbation=perturbation), average_decay=0.9)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert without_speed(found.history) == without_speed(expected.history)
+    assert not changed(weights(found.model), expected.model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_that_are_not_float32(task, dtype) -> None:
+    message = rf"expected float32 weights, got {dtype} .*model\.float\(\)"
+    with pytest.raises(TypeError, match=message):
+        fit(task, model=small_model().to(dtype))
+
+
+def test_images_with_a_graph_of_their_own(task, tmp_path) -> None:
+    images = (task.train / 255).requires_grad_()
+    found = fit(images * 1, tmp_path)
+    assert not changed(weights(fit(task.train).model), found.model)
+    assert images.grad is None
+
+
+def test_frozen_weights(task) -> None:
+    model = small_model().requires_grad_(False)
+    with pytest.raises(ValueError, match=r"got a frozen autoencoder; call model\.requires_grad_"):
+        fit(task, model=model)
+    model.encoder.requires_grad_(True)
+    with pytest.raises(ValueError, match="got a frozen distorter"):
+        fit(task, model=model)
+    fit(task, model=model, distorter_every=5)
 
 
 def test_gray_levels_that_are_no_bytes_are_warned_of(rng) -> None:
@@ -321,7 +416,14 @@ def test_batches_of_one_where_batch_norm_needs_more(rng) -> None:
     trainer.fit(ALPS(17, 1, "fast", latent=4), torch.rand(4, 1, 17, 17))
 
 
-@pytest.mark.parametrize("images", [[1, 2], torch.zeros(4, 1, 8, 8, dtype=torch.int64)])
+@pytest.mark.parametrize(
+    "images",
+    [
+        [1, 2],
+        torch.zeros(4, 1, 8, 8, dtype=torch.int64),
+        torch.zeros(4, 1, 8, 8).to(torch.float8_e4m3fn),
+    ],
+)
 def test_wrong_kinds(images) -> None:
     with pytest.raises(TypeError, match="data: expected"):
         fit(images)
@@ -380,6 +482,14 @@ def test_divergence_ends_with_the_epoch_and_keeps_the_run(task, tmp_path) -> Non
     with pytest.raises(fastalps.UserError, match=r"training diverged: .* lower learning_rate"):
         fit(task, tmp_path, small_model(batch_norm=False), learning_rate=1e30)
     assert (tmp_path / CHECKPOINT).is_file()
+
+
+def test_a_run_is_never_overwritten(task, tmp_path) -> None:
+    fit(task, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=r"already holds a run .*resume=True, or give another"):
+        fit(task, tmp_path, small_model(1))
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_resume_needs_its_run(task, tmp_path) -> None:

@@ -74,7 +74,7 @@ def demo(arguments: Sequence[str]) -> None:
 def _unused(folder: Path) -> Path:
     """The folder, or the first of folder-2, folder-3, ... that holds nothing: no run is lost."""
     number, free = 1, folder
-    while free.exists() and any(free.iterdir()):
+    while free.exists() and any(path.name != run_folder.LOCK for path in free.iterdir()):
         number += 1
         free = folder.with_name(f"{folder.name}-{number}")
     return free

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import logging
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastalps.errors import UserError
-from fastalps.files import write_json, write_text
+from fastalps.files import make_folder, write_json, write_text
 from fastalps.pretrained import PREFIX, pretrained_path
 from fastalps.training.trainer import CHECKPOINT
 
@@ -20,6 +22,13 @@ CONFIG = "config.yaml"
 METRICS = "metrics.json"
 SCORES = "scores.csv"
 FIGURES = "figures"
+LOCK = ".lock"
+logger = logging.getLogger("fastalps")
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def check_unused(folder: Path) -> None:
@@ -37,6 +46,60 @@ def check_resumable(folder: Path) -> None:
     """Raises UserError when there is nothing to resume."""
     if not (folder / CHECKPOINT).is_file():
         raise UserError(f"{folder} holds no run to resume ({CHECKPOINT}); leave --resume out")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps the folder, made if needed, for this process; a crash frees it, too.
+
+    Without flock, as on Windows, nothing is kept.
+
+    Raises:
+        UserError: another process has it, or it cannot be written.
+    """
+    make_folder(folder)
+    if fcntl is None:
+        yield
+        return
+    path = folder / LOCK
+    handle = _lock(path)
+    try:
+        yield
+    finally:
+        # Before the lock goes: afterwards it might be another process's.
+        with contextlib.suppress(OSError):
+            path.unlink()
+        os.close(handle)
+
+
+def _lock(path: Path) -> int:
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {path}: {error.strerror}; check the folder and its free space"
+            ) from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise UserError(
+                f"{path.parent} is in use by another process; wait until it ends, or choose "
+                "another --out"
+            ) from None
+        except OSError as error:
+            logger.warning(
+                "%s: no locks on this file system (%s); start no second run in this folder",
+                path.parent,
+                error.strerror,
+            )
+            return handle
+        # Its holder may have removed it after it was opened here.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        os.close(handle)
 
 
 def model_path(run: str | os.PathLike[str]) -> Path:

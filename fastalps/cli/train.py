@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import sys
@@ -102,45 +103,65 @@ def train(arguments: Sequence[str]) -> None:
         # No anomaly is known outside the test sets: nothing but normal loss can pick an epoch.
         config = dataclasses.replace(config, protocol="strict")
 
-    # Every process has checked the folder before the first one writes to it.
-    with distributed.launched(config.device) as here:
-        config = dataclasses.replace(config, device=here)
-        processes, first = distributed.world_size(), distributed.rank() == 0
-        data, video = _load(data_options, config, evaluation_options)
-        torch.manual_seed(config.seed)
-        model = ALPS(
-            tuple(data.train.shape[2:]),
-            data.train.shape[1],
-            model_options.preset,
-            **model_options.overrides(),
-        )
-        device = choose_device(config)
-        check_images(data.train, model, config)
-        if first:
-            _store_configuration(parser, options, folder)
-            print(
-                f"{data.name}: {len(data.train)} training images of "
-                f"{' x '.join(map(str, data.train.shape[1:]))}, {len(data.validation)} held out; "
-                f"{config.epochs} epochs on {_described(device, processes)}"
+    # The folder stays this command's until all is written.
+    with contextlib.ExitStack() as held:
+        with distributed.launched(config.device) as here:
+            config = dataclasses.replace(config, device=here)
+            processes, first = distributed.world_size(), distributed.rank() == 0
+            data, video = _load(data_options, config, evaluation_options)
+            torch.manual_seed(config.seed)
+            model = ALPS(
+                tuple(data.train.shape[2:]),
+                data.train.shape[1],
+                model_options.preset,
+                **model_options.overrides(),
             )
-        begin = time.perf_counter()
-        fitted = _fit(model, data, config, folder, options.resume, board)
-        seconds = time.perf_counter() - begin
-    if not first:
-        return
-    if video is None:
-        result = evaluate_images(fitted, data, evaluation_options)
-    elif not video.test:
-        result = evaluate_normal_video(fitted, video, evaluation_options)
-    else:
-        result = evaluate_video(fitted, video, evaluation_options)
-    _write(folder, fitted, data, result, config, data_options, seconds)
-    for line in result.lines:
-        print(line)
-    print(result.calibration.explain())
-    print(
-        f"wrote {folder}: {run_folder.MODEL}, {run_folder.METRICS}, {run_folder.SCORES}, figures/"
-    )
+            device = choose_device(config)
+            check_images(data.train, model, config)
+            _take(folder, options.resume, device, held)
+            if first:
+                _store_configuration(parser, options, folder)
+                print(
+                    f"{data.name}: {len(data.train)} training images of "
+                    f"{' x '.join(map(str, data.train.shape[1:]))}, {len(data.validation)} held "
+                    f"out; {config.epochs} epochs on {_described(device, processes)}"
+                )
+            begin = time.perf_counter()
+            fitted = _fit(model, data, config, folder, options.resume, board)
+            seconds = time.perf_counter() - begin
+        if first:
+            result = _evaluate(fitted, data, video, evaluation_options)
+            _write(folder, fitted, data, result, config, data_options, seconds)
+            for line in result.lines:
+                print(line)
+            print(result.calibration.explain())
+            print(
+                f"wrote {folder}: {run_folder.MODEL}, {run_folder.METRICS}, {run_folder.SCORES}, "
+                "figures/"
+            )
+
+
+def _take(folder: Path, resume: bool, device: torch.device, held: contextlib.ExitStack) -> None:
+    """Keeps the run's folder for process 0, and so for all, as long as `held` is open.
+
+    Raises:
+        UserError: in process 0: the folder is in use, or another run has come meanwhile.
+        command.Told: in the others then.
+    """
+    refusal = None
+    if distributed.rank() == 0:
+        try:
+            held.enter_context(run_folder.locked(folder))
+            if not resume:
+                # Another run may have begun and ended since the arguments were checked.
+                run_folder.check_unused(folder)
+        except UserError as error:
+            refusal = error
+    refused = distributed.average(torch.tensor(float(refusal is not None), device=device))
+    if refusal is not None:
+        raise refusal
+    if refused:
+        raise command.Told
 
 
 def _store_configuration(parser: Any, options: Any, folder: Path) -> None:
@@ -247,6 +268,16 @@ def _fit(
     finally:
         if board is not None:
             board.close()
+
+
+def _evaluate(
+    fitted: FitResult, data: OneClassData, video: Video | None, options: EvaluationOptions
+) -> Evaluation:
+    if video is None:
+        return evaluate_images(fitted, data, options)
+    if not video.test:
+        return evaluate_normal_video(fitted, video, options)
+    return evaluate_video(fitted, video, options)
 
 
 def _write(

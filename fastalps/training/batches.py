@@ -32,7 +32,8 @@ class Batches:
         device: torch.device,
         memory_format: torch.memory_format,
     ) -> None:
-        self.images = images.to(device)
+        # Without the graph that they came from: every step has one of its own.
+        self.images = images.detach().to(device)
         self.size = min(batch_size, len(images))
         self.memory_format = memory_format
 

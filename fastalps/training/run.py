@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
 import sys
 import time
@@ -25,6 +26,8 @@ from fastalps.training.config import TrainConfig
 from fastalps.training.run_state import Average, RunState, load_run, save_run
 from fastalps.training.steps import Steps
 from fastalps.training.validation import Validator
+
+logger = logging.getLogger("fastalps")
 
 CHECKPOINT = "checkpoint.safetensors"
 HISTORY = "history.csv"
@@ -115,12 +118,26 @@ class Run:
         if resume:
             path = self._path(CHECKPOINT)
             self.state = load_run(path, self.steps, self.average, config, self.data)
+        # They are of the weights that training replaces.
+        model.calibration = model.quantization = None
+        if resume:
+            # It may be missing, or an epoch behind: it is written after the checkpoint.
+            self._write_history()
+            if self.done and not distributed.rank():
+                logger.warning("%s: %s", run_dir, self._why_done())
         elif run_dir is not None:
             self._save()
 
     @property
     def done(self) -> bool:
-        return self.state.stopped or self.state.epoch >= self.config.epochs
+        return self.stopped or self.state.epoch >= self.config.epochs
+
+    @property
+    def stopped(self) -> bool:
+        """Whether patience is at its end: by the options of now, which may differ from those that
+        the run began with."""
+        patience = self.config.patience
+        return patience is not None and self.state.best.age >= patience
 
     def begin_epoch(self, epoch: int) -> bool:
         """Sets the seed and the learning rates of an epoch; whether it trains the distorter."""
@@ -190,8 +207,16 @@ class Run:
                 state.best_weights = {name: value.clone() for name, value in weights.items()}
             if average is not None:
                 average.swap()
-            state.stopped = config.patience is not None and state.best.age >= config.patience
         state.history.append({name: row[name] for name in COLUMNS if name in row})
+
+    def _why_done(self) -> str:
+        epoch, best, config = self.state.epoch, self.state.best, self.config
+        if epoch >= config.epochs:
+            return f"nothing is left to train: {epoch} epochs are done; raise epochs to go on"
+        return (
+            f"nothing is left to train: epoch {best.epoch} of {epoch} is the best, with patience "
+            f"{config.patience}; raise patience to go on"
+        )
 
     def _path(self, name: str) -> Path:
         assert self.run_dir is not None
@@ -200,12 +225,17 @@ class Run:
     def _save(self) -> None:
         if distributed.rank():
             return
-        state = self.state
-        save_run(self._path(CHECKPOINT), state, self.steps, self.average, self.config, self.data)
+        path = self._path(CHECKPOINT)
+        save_run(path, self.state, self.steps, self.average, self.config, self.data)
+        self._write_history()
+
+    def _write_history(self) -> None:
+        if distributed.rank():
+            return
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(state.history)
+        writer.writerows(self.state.history)
         write_text(self._path(HISTORY), text.getvalue())
 
 

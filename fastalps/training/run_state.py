@@ -28,7 +28,6 @@ class RunState:
     """Where a run stands after `epoch` epochs."""
 
     epoch: int = 0
-    stopped: bool = False
     history: list[dict[str, Any]] = field(default_factory=list)
     best: Best = field(default_factory=Best)
     best_weights: dict[str, Tensor] = field(default_factory=dict)
@@ -78,7 +77,6 @@ def save_run(
         tensors |= {f"average.{i}": value for i, value in enumerate(average.averages)}
     progress = {
         "epoch": state.epoch,
-        "stopped": state.stopped,
         "history": state.history,
         "best": dataclasses.asdict(state.best),
         "scaler": steps.scaler.state_dict(),
@@ -112,7 +110,7 @@ def load_run(
         progress = json.loads(metadata["progress"])
         best = Best(**progress["best"])
         best.quality = (float(best.quality[0]), float(best.quality[1]))
-        state = RunState(progress["epoch"], progress["stopped"], progress["history"], best)
+        state = RunState(progress["epoch"], progress["history"], best)
         _check_same(path, json.loads(metadata["config"]), dataclasses.asdict(config))
         _check_same(path, json.loads(metadata["model"]), _plain(steps.model.config))
         found_data = metadata["data"]

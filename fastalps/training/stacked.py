@@ -53,6 +53,8 @@ def fit_stacked(
 ) -> list[FitResult]:
     """What ``trainer.fit(model, data, resume)`` gives for each of them, trained together.
 
+    As there, the models' `calibration` and `quantization` are None as soon as training begins.
+
     Args:
         trainers: one for each model; their options may differ in the seed only.
         models: of one configuration.
@@ -72,7 +74,10 @@ def fit_stacked(
     """
     resume = [False] * len(models) if resume is None else resume
     config = _check(trainers, models, data, resume)
-    prepared = [t.prepare(m, d) for t, m, d in zip(trainers, models, data, strict=True)]
+    prepared = [
+        trainer.prepare(model, images, again)
+        for trainer, model, images, again in zip(trainers, models, data, resume, strict=True)
+    ]
     _check_images([images for images, _ in prepared], config.batch_size)
     with deterministic(config.deterministic):
         network = stack(models)
@@ -121,7 +126,7 @@ def _epoch(
     # The options are the same, so the models agree on whether the distorter is trained.
     adversary = [run.begin_epoch(epoch) for run, now in zip(runs, active, strict=True) if now].pop()
     lengths = [len(run.batches) * now for run, now in zip(runs, active, strict=True)]
-    sums = torch.zeros(4, len(runs), device=steps.device)
+    sums = torch.zeros(4, len(runs), dtype=torch.float32, device=steps.device)
     statistics: dict[int, list[Tensor]] = {}
     start = time.perf_counter()
     for number, batch in enumerate(batches.epoch([r.config.seed for r in runs], epoch, lengths)):
@@ -168,7 +173,7 @@ class StackedSteps(Steps):
         self.each = list(each)
         super().__init__(network, each[0].config)
         # 1 where a model is not to move.
-        self.idle = torch.zeros(len(each), device=self.device)
+        self.idle = torch.zeros(len(each), dtype=torch.float32, device=self.device)
         for steps, idle in zip(each, self.idle, strict=True):
             for optimizer in steps.optimizers.values():
                 # What a gradient scaler sets where gradients overflow: the fused kernel reads it

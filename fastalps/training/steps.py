@@ -101,11 +101,17 @@ class Steps:
         cuda = self.device.type == "cuda"
         # Fused: one kernel for all weights. Capturable: its step count lives on the device.
         options: dict[str, Any] = {"fused": True, "capturable": cuda}
-        # A captured step reads the rate from the device, where the schedule can change it.
+        rates: dict[str, Any] = dict(self.rates)
+        if cuda:
+            # A captured step reads the rate from the device, where the schedule can change it.
+            rates = {
+                name: torch.tensor(rate, dtype=torch.float32, device=self.device)
+                for name, rate in self.rates.items()
+            }
         return {
             name: torch.optim.Adam(
                 weights,
-                lr=torch.tensor(self.rates[name], device=self.device) if cuda else self.rates[name],
+                lr=rates[name],
                 betas=(config.beta1, config.beta2),
                 **options,
             )

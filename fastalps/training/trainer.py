@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 from fastalps import distributed
 from fastalps.data import OneClassData
 from fastalps.environment import find_device, has_fast_bfloat16
+from fastalps.errors import UserError
 from fastalps.files import make_folder
-from fastalps.inputs import by, check_pixels
+from fastalps.inputs import PIXEL_DTYPES, by, check_pixels
 from fastalps.models import ALPS
 from fastalps.training.config import TrainConfig
 from fastalps.training.run import CHECKPOINT, HISTORY, FitResult, Progress, Run
@@ -62,6 +64,9 @@ class Trainer:
     def fit(self, model: ALPS, data: OneClassData | Tensor, resume: bool = False) -> FitResult:
         """Trains `model` in place.
 
+        Its threshold and the record of its int8 weights, `calibration` and `quantization`, are of
+        the old weights: both are None as soon as training begins.
+
         Args:
             model: moved to the device of the configuration.
             data: a one-class task, or just normal images: uint8 (0 to 255) or floating (0 to 1),
@@ -72,15 +77,15 @@ class Trainer:
             `FitResult`; the model has the kept weights and is in eval mode.
 
         Raises:
-            ValueError: no images, images that do not fit the model, options that do not fit device
-                or data.
-            TypeError: wrong kinds.
-            UserError: a checkpoint that does not fit, a folder that cannot be written, training
-                that diverged.
+            ValueError: no images, images that do not fit the model, a frozen model, options that
+                do not fit device or data.
+            TypeError: wrong kinds, weights that are not float32.
+            UserError: `run_dir` holds a checkpoint and `resume` is False, a checkpoint that does
+                not fit, a folder that cannot be written, training that diverged.
         """
         if resume and self.run_dir is None:
             raise ValueError("resume: needs the run_dir of the run to go on with, got none")
-        images, validator = self.prepare(model, data)
+        images, validator = self.prepare(model, data, resume)
         distributed.broadcast(model)
         with deterministic(self.config.deterministic), distributed.synchronised(model):
             run = Run(self.config, self.run_dir, self.loggers, model, images, validator, resume)
@@ -93,16 +98,24 @@ class Trainer:
                     progress.tell(row, run.done)
             return run.result()
 
-    def prepare(self, model: ALPS, data: OneClassData | Tensor) -> tuple[Tensor, Validator]:
+    def prepare(
+        self, model: ALPS, data: OneClassData | Tensor, resume: bool = False
+    ) -> tuple[Tensor, Validator]:
         """Checks what `fit` was given and brings the model to its device, in training mode.
 
         Returns:
             the training images, and what validates the model on the others.
+
+        Raises:
+            as `fit`, before anything is written.
         """
         config = self.config
+        check_model(model, config)
         images = data.train if isinstance(data, OneClassData) else data
         check_images(images, model, config)
         device = choose_device(config)
+        if self.run_dir is not None and not resume:
+            check_unused(self.run_dir, device)
         task = data if isinstance(data, OneClassData) else None
         selection = config.selection()
         if task is None and config.select == "auto":
@@ -116,8 +129,7 @@ class Trainer:
 
     def _epoch(self, epoch: int, run: Run, players: Players, progress: Progress) -> dict[str, Any]:
         adversary = run.begin_epoch(epoch)
-        errors = torch.zeros(2, device=run.steps.device)
-        contest = torch.zeros(2, device=run.steps.device)
+        errors, contest = torch.zeros(2, 2, dtype=torch.float32, device=run.steps.device)
         start = time.perf_counter()
         for batch in run.batches.epoch(self.config.seed, epoch):
             errors += players.autoencoder(batch)
@@ -174,13 +186,45 @@ def choose_device(config: TrainConfig) -> torch.device:
     return device
 
 
+def check_unused(run_dir: Path, device: torch.device) -> None:
+    """Raises UserError, in all processes, when any of them finds a checkpoint in the folder."""
+    found = torch.tensor(float((run_dir / CHECKPOINT).exists()), device=device)
+    # No process goes on, and writes one, before all have looked.
+    if distributed.average(found):
+        raise UserError(
+            f"{run_dir} already holds a run ({CHECKPOINT}); go on with it by resume=True, or give "
+            "another run_dir"
+        )
+
+
+def check_model(model: ALPS, config: TrainConfig) -> None:
+    """Raises TypeError for weights that are not float32, ValueError for a player whose weights are
+    all frozen."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and value.dtype != torch.float32:
+            raise TypeError(
+                f"model: expected float32 weights, got {value.dtype} ({name}); call model.float(), "
+                "and set amp for mixed precision"
+            )
+    players = {"autoencoder": [*model.encoder.parameters(), *model.decoder.parameters()]}
+    if model.distorter is not None and config.distorter_every <= config.epochs:
+        players["distorter"] = list(model.distorter.parameters())
+    for player, weights in players.items():
+        if not any(weight.requires_grad for weight in weights):
+            raise ValueError(
+                f"model: expected weights to train, got a frozen {player}; call "
+                "model.requires_grad_(True)"
+            )
+
+
 def check_images(images: object, model: ALPS, config: TrainConfig) -> None:
     """Raises ValueError or TypeError for images that this model cannot be trained on so."""
     if not isinstance(images, Tensor):
         raise TypeError(f"data: expected OneClassData or a tensor, got {type(images).__name__}")
-    if images.dtype != torch.uint8 and not images.is_floating_point():
+    if images.dtype not in PIXEL_DTYPES:
         raise TypeError(
-            f"data: expected uint8 (0 to 255) or floating (0 to 1) images, got {images.dtype}"
+            f"data: expected uint8 (0 to 255) or floating (0 to 1) images, got {images.dtype}; "
+            "convert them"
         )
     shape = (model.config.channels, *model.config.image_size)
     if images.dim() != 4 or tuple(images.shape[1:]) != shape:
