@@ -426,6 +426,12 @@ class ALPS(nn.Module):
                 f"images: expected a floating dtype in [0, 1], got {images.dtype}; "
                 f"divide uint8 pixels by 255"
             )
+        weights = next((weight.dtype for weight in self.parameters()), images.dtype)
+        if images.dtype != weights and not torch.is_autocast_enabled(images.device.type):
+            raise TypeError(
+                f"images: expected {weights}, as the model's weights are, got {images.dtype}; "
+                "convert one of them"
+            )
         expected = (self.config.channels, *self.config.image_size)
         if images.dim() != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(

@@ -147,6 +147,9 @@ def test_wrong_images(call) -> None:
         getattr(model, call)(torch.zeros(1, 1, 28, 28, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"expected \(N, 1, 28, 28\), got shape \(1, 1, 28, 27\)"):
         getattr(model, call)(torch.zeros(1, 1, 28, 27))
+    for dtype in (torch.float64, torch.float16):
+        with pytest.raises(TypeError, match=r"expected torch\.float32, as the model's weights are"):
+            getattr(model, call)(torch.zeros(1, 1, 28, 28, dtype=dtype))
 
 
 def test_compiles_as_one_graph(rng) -> None:

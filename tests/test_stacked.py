@@ -348,6 +348,10 @@ def test_models_that_do_not_go_together(tasks, tmp_path) -> None:
     slower = Trainer(dataclasses.replace(OPTIONS, learning_rate=1e-4), progress=False)
     with pytest.raises(ValueError, match="trainers: a stack has one learning_rate"):
         fit_stacked([*trainers[:2], slower], models, tasks)
+    altered = make_models()
+    altered[1].encoder.register_forward_hook(lambda module, given, found: 2 * found)
+    with pytest.raises(ValueError, match=r"models: layer encoder has a hook, .* fit it alone"):
+        fit_stacked(trainers, altered, tasks)
     with pytest.raises(ValueError, match="got one of them twice"):
         fit_stacked(trainers, [models[0], *models[:2]], tasks)
     with pytest.raises(ValueError, match="images of one dtype"):

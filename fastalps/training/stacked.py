@@ -36,7 +36,7 @@ from torch import Tensor
 from fastalps import distributed
 from fastalps.data import OneClassData
 from fastalps.errors import UserError
-from fastalps.models import ALPS
+from fastalps.models import ALPS, alterations
 from fastalps.training.batches import Batches
 from fastalps.training.config import TrainConfig
 from fastalps.training.grouped import stack, unstack
@@ -288,6 +288,9 @@ def _check(
     _same("models", [model.config for model in models])
     if len({id(model) for model in models}) < len(models):
         raise ValueError("models: expected as many models as trainers, got one of them twice")
+    for model in models:
+        if altered := alterations(model):
+            raise ValueError(f"models: {altered}, which a stack would not have; fit it alone")
     if config.amp == "fp16":
         raise ValueError("amp: fp16 scales the gradients of a stack as one; use bf16 or off")
     if distributed.world_size() > 1:
