@@ -106,8 +106,7 @@ class Trainer:
         Returns:
             the training images, and what validates the model on the others.
 
-        Raises:
-            as `fit`, before anything is written.
+        Raises what `fit` does, before anything is written.
         """
         config = self.config
         check_model(model, config)
