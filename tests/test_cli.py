@@ -120,7 +120,16 @@ def test_of_two_runs_started_together_one_goes_on(run, tmp_path) -> None:
     assert sorted(process.returncode for process in runs) == [0, 2]
     (error,) = [line for text in said for line in text.splitlines() if ": error: " in line]
     assert "is in use by another process" in error or "already holds a run" in error
-    assert (folder / "scores.csv").read_text() == (run / "scores.csv").read_text()
+    # Other processes may have other numbers of threads, and last digits.
+    found, expected = (
+        [line.split(",") for line in (path / "scores.csv").read_text().splitlines()[1:]]
+        for path in (folder, run)
+    )
+    assert [row[:2] for row in found] == [row[:2] for row in expected]
+    for row, other in zip(found, expected, strict=True):
+        assert [float(x) for x in row[2:5]] == pytest.approx(
+            [float(x) for x in other[2:5]], rel=1e-4
+        )
 
 
 def test_a_run_that_came_meanwhile_is_not_overwritten(run, tmp_path, capsys, monkeypatch) -> None:
