@@ -255,7 +255,10 @@ class Decoder(nn.Module):
             # A stride-2 layer gives 2 * size - 1 + output_padding.
             padding = (large[0] - 2 * small[0] + 1, large[1] - 2 * small[1] + 1)
             layer = nn.ConvTranspose2d(
-                before, width, 3, 2, 1, padding, bias=not config.batch_norm, **FLOAT32
+                *(before, width, 3, 2, 1),
+                output_padding=padding,
+                bias=not config.batch_norm,
+                **FLOAT32,
             )
             layers += _hidden(layer, width, config)
             before = width

@@ -100,9 +100,14 @@ cudaError_t squared_error(const RowPlan& plan, const ErrorPair& pair, float* err
 cudaError_t squared_error_backward(const RowPlan& plan, const ErrorPair& pair, const float* grad,
                                    void* output, cudaStream_t stream);
 
-// Finds the patches of uint8 frames whose sum of absolute differences from the background is above
-// `limit`: flags (N * P bytes), and the offsets of tiles of flags (active_tiles(N * P) + 1 values,
-// the last one the number of patches kept).
+// Flags (N * P bytes): 1 for each patch of uint8 frames whose sum of absolute differences from the
+// background is above `limit`, else 0.
+cudaError_t patch_differences(const FrameView& frames, const Matrix& background,
+                              const PatchGrid& grid, int64_t limit, uint8_t* flags,
+                              cudaStream_t stream);
+
+// Those flags, and the offsets of tiles of them (active_tiles(N * P) + 1 values, the last one the
+// number of patches kept).
 int64_t active_tiles(int64_t patches);
 cudaError_t active_flags(const FrameView& frames, const Matrix& background, const PatchGrid& grid,
                          int64_t limit, uint8_t* flags, int64_t* offsets, cudaStream_t stream);
